@@ -1,0 +1,18 @@
+"""Local learning for PyTorch Lightning: wrap a LightningModule, train it in local modules."""
+
+from lightning_local import couplings, heads, losses, methods
+from lightning_local.callbacks import LocalSummary
+from lightning_local.cli import LocalCLI
+from lightning_local.learner import LocalLearner
+from lightning_local.partition import Partition
+
+__all__ = [
+    "LocalCLI",
+    "LocalLearner",
+    "LocalSummary",
+    "Partition",
+    "couplings",
+    "heads",
+    "losses",
+    "methods",
+]

@@ -1,0 +1,5 @@
+"""`python -m lightning_local`."""
+
+from lightning_local.cli import main
+
+main()

@@ -1,0 +1,212 @@
+"""Bodies: slices of a network as code that runs on the user's own modules.
+
+A body registers nothing and copies nothing. It is a function generated from the traced glue and
+called with the network, so it sees every layer that is replaced later, and the network's
+`state_dict` keeps each tensor once under the user's names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import linecache
+from collections.abc import Iterator, Sequence
+from itertools import count
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lightning_local.tracing import Trace
+
+__all__ = ["Body", "Code", "slice_code"]
+
+_numbers = count()
+
+
+class Code:
+    """A generated function `forward(network, *values)`; can be copied and pickled.
+
+    Args:
+        source: Python source of the function.
+        names: What the source refers to.
+    """
+
+    def __init__(self, source: str, names: dict[str, Any]) -> None:
+        self.source = source
+        self.names = names
+        file = f"<lightning_local body {next(_numbers)}>"
+        # Tracebacks through a body show its lines, as they do for code in a file.
+        linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+        scope = dict(names)
+        exec(compile(source, file, "exec"), scope)
+        self.function: Any = scope["forward"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the source, not the function."""
+        modules = {n: v.__name__ for n, v in self.names.items() if isinstance(v, ModuleType)}
+        others = {n: v for n, v in self.names.items() if not isinstance(v, ModuleType)}
+        return _load_code, (self.source, others, modules)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Code:
+        """Code has no state, so a copy may share it."""
+        return self
+
+
+def _load_code(source: str, names: dict[str, Any], modules: dict[str, str]) -> Code:
+    imported = {name: importlib.import_module(path) for name, path in modules.items()}
+    return Code(source, {**names, **imported})
+
+
+def slice_code(trace: Trace, start: int, stop: int) -> tuple[Code, list[str]]:
+    """Code for the nodes after `start` up to and including `stop`.
+
+    Args:
+        trace: The traced network.
+        start: Position of the cut before the slice; -1 for the network's input.
+        stop: Position of the cut after it; the output node's for the last slice.
+
+    Returns:
+        The code, which takes `(hidden, *carried)` (the network's inputs for the first slice) and
+        returns the same for the next slice, the last one the network's output; and the names of
+        the parameters, buffers and modules it uses.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    used: list[str] = []
+    last = trace.nodes[stop].op == "output"
+    if start < 0:
+        inputs = [node for node in trace.nodes if node.op == "placeholder"]
+    else:
+        inputs = _crossing(trace, start)
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+
+    def lookup(node: fx.Node) -> fx.Node:
+        if node not in env and node.op == "get_attr":
+            used.append(str(node.target))
+            env[node] = graph.get_attr(str(node.target))
+        return env[node]
+
+    for node in trace.nodes[start + 1 : stop + 1]:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], lookup))
+            continue
+        if node.op == "call_module":
+            used.append(str(node.target))
+        env[node] = graph.node_copy(node, lookup)
+    if not last:
+        graph.output(tuple(lookup(node) for node in _crossing(trace, stop)))
+    code = graph.python_code("self")
+    return Code(code.src, dict(code.globals)), list(dict.fromkeys(used))
+
+
+def _crossing(trace: Trace, i: int) -> list[fx.Node]:
+    hidden = trace.hidden(i)
+    assert hidden is not None
+    return [hidden] + [node for node in trace.alive(i) if node is not hidden]
+
+
+class Body(nn.Module):
+    """One slice of a network.
+
+    Args:
+        network: The network it runs on; not registered.
+        train: Code traced in train mode.
+        eval_: Code traced in eval mode.
+        parameters: Names of the parameters it owns, as the network calls them.
+        buffers: Names of the buffers it owns.
+        used: Paths of the modules, parameters and buffers its code reads.
+        opened: Paths of the modules that tracing went through.
+        units: Parameter names of each unit (or piece of a unit) inside, in order.
+
+    Attributes:
+        in_place: Whether its first operation changes the hidden state it receives in place.
+        num_carried: Number of values it takes besides the hidden state.
+        out_features: Features of the network's output, for the body that makes it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        train: Code,
+        eval_: Code,
+        parameters: Sequence[str],
+        buffers: Sequence[str],
+        used: Sequence[str],
+        opened: Sequence[str] = ("",),
+        units: Sequence[Sequence[str]] = (),
+    ) -> None:
+        super().__init__()
+        # A tuple hides the network from registration: its tensors have one name each.
+        self._network = (network,)
+        self.codes = {True: train, False: eval_}
+        self._one_code = train.source == eval_.source
+        self._opened = tuple(opened)
+        self.parameter_names = tuple(parameters)
+        self.buffer_names = tuple(buffers)
+        self.used = tuple(used)
+        self.units = tuple(tuple(unit) for unit in units)
+        self.in_place = False
+        self.num_carried = 0
+        self.out_features: int | None = None
+
+    def forward(self, *values: Any) -> Any:
+        """Runs the slice.
+
+        Args:
+            values: The network's inputs for the first body, else the hidden state and what rides
+                along with it.
+
+        Returns:
+            The tuple (hidden, *carried) for the next body; the last body returns the network's
+            output.
+        """
+        network = self._network[0]
+        if not self._one_code:
+            self._check_modes(network)
+        return self.codes[network.training].function(network, *values)
+
+    def original(self, path: str) -> Any:
+        """The network's module, parameter or buffer at `path`."""
+        owner, _, name = path.rpartition(".")
+        return getattr(self._network[0].get_submodule(owner), name)
+
+    def layers(self) -> list[nn.Module]:
+        """All modules of the network that the body calls, with the modules inside them."""
+        originals = [self.original(path) for path in self.used]
+        return [m for o in originals if isinstance(o, nn.Module) for m in o.modules()]
+
+    def _check_modes(self, network: nn.Module) -> None:
+        for path in self._opened:
+            if network.get_submodule(path).training != network.training:
+                raise RuntimeError(
+                    f"`{path}` is in {'eval' if network.training else 'train'} mode while the "
+                    "network is not, and code between the network's modules depends on the mode: "
+                    "put the whole network in one mode, or move that code into a submodule."
+                )
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The network's own parameters that belong to this body, under the network's names."""
+        network = self._network[0]
+        for name in self.parameter_names:
+            yield (f"{prefix}.{name}" if prefix else name), network.get_parameter(name)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The network's own buffers that belong to this body, under the network's names."""
+        network = self._network[0]
+        for name in self.buffer_names:
+            yield (f"{prefix}.{name}" if prefix else name), network.get_buffer(name)
+
+    def tail(self, length: int | None) -> list[nn.Parameter]:
+        """Parameters of the last `length` units that are trained; None means the whole body."""
+        units = self.units if length is None else self.units[max(0, len(self.units) - length) :]
+        network = self._network[0]
+        parameters = [network.get_parameter(name) for unit in units for name in unit]
+        return [parameter for parameter in parameters if parameter.requires_grad]

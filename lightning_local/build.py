@@ -1,0 +1,162 @@
+"""From a learner's arguments to its local modules: example input, cuts, heads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lightning_local.dryrun import on_fakes
+from lightning_local.local_module import LocalModule
+from lightning_local.methods.base import LocalMethod
+from lightning_local.partition import Cutting, Partition, cut_network
+from lightning_local.place import Place, Unit
+from lightning_local.randomness import seed_for
+from lightning_local.wrapping import as_inputs
+
+__all__ = ["example_inputs", "make_local_modules"]
+
+
+def example_inputs(
+    learner: pl.LightningModule, unpack: Callable[[Any], tuple[Any, Any]]
+) -> tuple[Any, ...]:
+    """An input of the network: the module's `example_input_array`, else one training batch.
+
+    The batch goes through the transfer hooks; all random generators are as before afterwards.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    example = learner.example_input_array
+    if example is not None:
+        return as_inputs(example)
+    trainer = learner.trainer
+    source = trainer.fit_loop._data_source
+    if not source.is_defined():
+        source = trainer.validate_loop._data_source
+    if not source.is_defined():
+        raise ValueError(
+            "The local modules' shapes can't be found without an input: set example_input_array "
+            "in the wrapped module, or give the Trainer a train_dataloader."
+        )
+    with isolate_rng():
+        loader = source.dataloader()
+        if isinstance(loader, (dict, list, tuple)):
+            raise ValueError(
+                "Several training dataloaders: set example_input_array in the wrapped module, so "
+                "that the shapes of the local modules don't have to be found from their batches."
+            )
+        iterator = iter(loader)
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            raise ValueError(
+                "The training dataloader is empty: it has to give at least one batch."
+            ) from None
+        del iterator
+        batch = learner._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
+    return as_inputs(unpack(batch)[0])
+
+
+def make_local_modules(
+    network: nn.Module,
+    request: Partition,
+    method: LocalMethod,
+    inputs: Sequence[Any],
+    *,
+    name: str,
+    criterion: Any,
+    out_features: int | None,
+    seed: int,
+    split_points: Sequence[str] | None = None,
+) -> tuple[Cutting, list[LocalModule]]:
+    """Cuts the network and makes the heads.
+
+    Each head is initialised from its own seed, on the CPU, and leaves the global generator alone.
+
+    Raises:
+        ValueError: The network can't be cut as asked, or the heads' size can't be seen.
+    """
+    assert method.head is not None
+    cutting = cut_network(
+        network,
+        request,
+        inputs,
+        tail_units=method.head.tail_units,
+        name=name,
+        split_points=split_points,
+    )
+    features, pools = _output_form(cutting.output, out_features, name)
+    dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    units = [
+        Unit(body, cutting.unit_boundaries[u - 1], (*cutting.unit_boundaries, None)[u])
+        for u, body in enumerate(cutting.units)
+        if u > 0
+    ]
+    modules = []
+    num_modules = len(cutting.bodies)
+    for k, body in enumerate(cutting.bodies[:-1]):
+        unit = cutting.last_unit[k]
+        place = Place(k, num_modules, cutting.boundaries[k], features, pools, unit, units[unit:])
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed_for(seed, -2 - k))
+            head = method.head.build(place).to(dtype)
+            objective = method.loss.build(place, criterion)
+        modules.append(LocalModule(body, head, objective))
+    modules.append(LocalModule(cutting.bodies[-1], None, None))
+    _find_in_place(network, modules, inputs)
+    return cutting, modules
+
+
+def _output_form(output: Any, out_features: int | None, name: str) -> tuple[int, bool]:
+    """Number of logits and whether heads pool, by the rank of the network's output."""
+    if isinstance(output, torch.Tensor) and output.ndim in (2, 3):
+        return out_features or output.shape[-1], output.ndim == 2
+    if out_features is not None and not isinstance(output, torch.Tensor):
+        return out_features, True
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    raise ValueError(
+        f"`{name}` returns {shape}; heads predict one vector per sample, (N, C), or per token, "
+        "(N, T, V). Pass LocalLearner(out_features=...) for heads that predict per sample, with a "
+        "criterion that takes (N, out_features)."
+    )
+
+
+def _find_in_place(network: nn.Module, modules: Sequence[LocalModule], inputs: Any) -> None:
+    """Marks bodies and heads whose first operation overwrites the hidden state they get.
+
+    Found in a dry run of the whole chain: a tensor's version counts what was done to it in place.
+    """
+    with torch.random.fork_rng(devices=[]):
+        heads = [copy.deepcopy(module.head) for module in modules]
+
+    def run(host: nn.Module, *values: Any) -> None:
+        current: tuple[Any, ...] = values
+        for module, head in zip(modules, heads, strict=True):
+            body = module.body
+            given = [v for v in current[:1] if isinstance(v, torch.Tensor)]
+            before = [v._version for v in given]
+            current = body.codes[True].function(host, *current)
+            body.in_place = before != [v._version for v in given]
+            if head is None:
+                return
+            version = current[0]._version
+            _fake_head(head, current[0])
+            module.head_in_place = current[0]._version != version
+
+    on_fakes(network, run, inputs)
+
+
+def _fake_head(head: nn.Module, hidden: torch.Tensor) -> None:
+    """Runs a head on fakes of its own parameters, made in the mode that is active."""
+    tensors = {**dict(head.named_parameters()), **dict(head.named_buffers())}
+    if isinstance(hidden, FakeTensor):
+        mode = hidden.fake_mode
+        tensors = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+    torch.func.functional_call(head, tensors, (hidden,))

@@ -1,0 +1,214 @@
+"""The dry run: what every value of a traced network looks like, found on fake copies.
+
+Nothing real is computed and nothing of the network changes: a forward on the real network in train
+mode would move BatchNorm's running statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.nn.modules.module import register_module_forward_hook
+
+from lightning_local.tracing import Trace, training_mode
+
+__all__ = ["Boundary", "Values", "boundary", "on_fakes", "run_values"]
+
+_UNSUPPORTED = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+_CHANNEL_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+)
+_CHANNEL_LAST = (nn.LayerNorm, nn.Linear, nn.RMSNorm, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The form of a hidden state.
+
+    Attributes:
+        shape: Its shape without the batch dimension.
+        channel_dim: Position of the channels or features, the batch being 0.
+    """
+
+    shape: tuple[int, ...]
+    channel_dim: int
+
+    @property
+    def channels(self) -> int:
+        """Number of channels (features)."""
+        return self.shape[self.channel_dim - 1]
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """Sizes of the space or sequence dimensions; empty for a vector."""
+        return tuple(s for i, s in enumerate(self.shape) if i != self.channel_dim - 1)
+
+
+@dataclass(frozen=True)
+class _Event:
+    position: int
+    module: nn.Module
+    input: tuple[int, ...] | None
+    output: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a dry run saw: each node's value, and the calls of plain layers with their shapes."""
+
+    nodes: dict[fx.Node, Any]
+    events: list[_Event]
+
+
+class _Host(nn.Module):
+    """Lets `functional_call` put fake tensors into the network while other code drives it."""
+
+    def __init__(self, network: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network = network
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self.network, *inputs)
+
+
+def on_fakes(
+    network: nn.Module, function: Callable[..., Any], inputs: Sequence[Any], training: bool = True
+) -> Any:
+    """Calls `function(network, *inputs)` with fake copies of all tensors.
+
+    A network that fakes can't run (its modules read values) runs for real on a deep copy.
+
+    Args:
+        network: The network; it is not changed.
+        function: What to run; must reach the network only through its first argument.
+        inputs: Real inputs; a batch of one sample is doubled, as BatchNorm needs two.
+        training: The mode to run in.
+    """
+    inputs = [_two_samples(value) for value in inputs]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode, training_mode(network, training), torch.random.fork_rng(devices=[]):
+            host = _Host(network, function)
+            tensors = {**dict(host.named_parameters()), **dict(host.named_buffers())}
+            fakes: dict[str, torch.Tensor] = {
+                name: mode.from_tensor(tensor) for name, tensor in tensors.items()
+            }
+            arguments = tuple(
+                mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs
+            )
+            return torch.func.functional_call(host, fakes, arguments)
+    except _UNSUPPORTED:
+        real = copy.deepcopy(network)
+        with training_mode(real, training), torch.random.fork_rng():
+            return function(real, *inputs)
+
+
+def _two_samples(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == 1:
+        return torch.cat([value, value])
+    return value
+
+
+def run_values(network: nn.Module, trace: Trace, inputs: Sequence[Any]) -> Values:
+    """Runs a trace node by node on fake copies and keeps every value (shapes, no data)."""
+    values: dict[fx.Node, Any] = {}
+    events: list[_Event] = []
+    position = 0
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, _CHANNEL_FIRST + _CHANNEL_LAST):
+            events.append(
+                _Event(position, module, _shape(args[0] if args else None), _shape(output))
+            )
+
+    def run(host: nn.Module, *arguments: Any) -> None:
+        nonlocal position
+        events.clear()
+        remaining = iter(arguments)
+        for i, node in enumerate(trace.nodes):
+            position = i
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            if node.op == "placeholder":
+                values[node] = next(remaining)
+            elif node.op == "get_attr":
+                path, _, name = str(node.target).rpartition(".")
+                values[node] = getattr(host.get_submodule(path), name)
+            elif node.op == "call_module":
+                values[node] = host.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_method":
+                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            elif node.op == "call_function":
+                assert callable(node.target)
+                values[node] = node.target(*args, **kwargs)
+            else:
+                values[node] = args[0]
+
+    handle = register_module_forward_hook(hook)
+    try:
+        on_fakes(network, run, inputs)
+    finally:
+        handle.remove()
+    return Values(values, events)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Where a layer of torch.nn finds the channels; a subclass may permute, so it says nothing."""
+    if not type(module).__module__.startswith("torch.nn"):
+        return 0
+    return len(shape) - 1 if isinstance(module, _CHANNEL_LAST) else 1
+
+
+def boundary(trace: Trace, values: Values, i: int, name: str, layout: str = "auto") -> Boundary:
+    """The form of the hidden state at the cut after node `i`.
+
+    Where the channels are is read from the last layer before the cut that returned this shape and
+    from the first one behind it that took this shape.
+
+    Raises:
+        ValueError: The two disagree, or there is no such layer.
+    """
+    node = trace.hidden(i)
+    assert node is not None
+    shape = tuple(values.nodes[node].shape)
+    if layout != "auto":
+        channel_dim = 1 if layout == "channels_first" else len(shape) - 1
+        return Boundary(shape[1:], channel_dim)
+    if len(shape) == 2:
+        return Boundary(shape[1:], 1)
+    before = [e for e in values.events if e.position <= i and e.output == shape]
+    behind = [e for e in values.events if e.position > i and e.input == shape]
+    found = [_channel_dim(e.module, shape) for e in before[-1:] + behind[:1]]
+    dims = {dim for dim in found if dim}
+    if len(dims) != 1:
+        kinds = [type(e.module).__name__ for e in before[-1:] + behind[:1]]
+        raise ValueError(
+            f"The hidden state after `{name}` has shape {shape} and its layout is not clear: the "
+            f"layers around it ({', '.join(kinds) or 'none takes or returns that shape'}) don't "
+            "tell where its channels are. Cut elsewhere, or pass "
+            "Partition(layout='channels_first') or Partition(layout='channels_last')."
+        )
+    return Boundary(shape[1:], dims.pop())

@@ -1,0 +1,113 @@
+"""The user's hooks: which modules can be wrapped, and how their hooks go on working."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+__all__ = ["HOOKS", "call_hook", "check_module", "forward_hooks"]
+
+# Hooks that go to the user's module as they are; those the learner has work of its own in are
+# called from there.
+HOOKS = (
+    "prepare_data",
+    "train_dataloader",
+    "val_dataloader",
+    "test_dataloader",
+    "predict_dataloader",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "on_fit_start",
+    "on_fit_end",
+    "on_train_end",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_validation_start",
+    "on_validation_end",
+    "on_validation_epoch_start",
+    "on_validation_epoch_end",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_model_eval",
+    "on_validation_model_train",
+    "on_validation_model_zero_grad",
+    "on_test_start",
+    "on_test_end",
+    "on_test_epoch_start",
+    "on_test_epoch_end",
+    "on_test_batch_start",
+    "on_test_batch_end",
+    "on_test_model_eval",
+    "on_test_model_train",
+    "on_predict_start",
+    "on_predict_end",
+    "on_predict_epoch_start",
+    "on_predict_epoch_end",
+    "on_predict_batch_start",
+    "on_predict_batch_end",
+    "on_predict_model_eval",
+    "on_predict_model_train",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_zero_grad",
+    "lr_scheduler_step",
+    "test_step",
+    "predict_step",
+)
+_REFUSED = {
+    "optimizer_step": "steps are made per local module; use on_before_optimizer_step",
+    "configure_gradient_clipping": "use the Trainer's gradient_clip_val, gradient_clip_algorithm",
+    "backward": "backwards are run per local module; use on_after_backward",
+    "optimizer_zero_grad": "gradients are zeroed per local module right after their step",
+}
+
+
+def check_module(module: Any) -> None:
+    """Refuses what can't be wrapped.
+
+    Raises:
+        TypeError: Not a `lightning.pytorch.LightningModule`.
+        ValueError: It optimizes by hand, or overrides a hook that local learning replaces.
+    """
+    if not isinstance(module, pl.LightningModule):
+        kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
+        if any(kind.startswith("pytorch_lightning.") for kind in kinds):
+            raise TypeError(
+                f"{type(module).__name__} is a pytorch_lightning module, and its package's classes "
+                "don't mix with those of lightning.pytorch: write `import lightning as L` and "
+                "subclass L.LightningModule."
+            )
+        raise TypeError(
+            f"LocalLearner(module=...) got a {type(module).__name__}: pass a "
+            "lightning.pytorch.LightningModule, whose training_step, optimizers and metrics are "
+            "used as they are."
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} sets automatic_optimization = False, so its training_step "
+            "runs its own backward and can't be cut: wrap a module with automatic optimization."
+        )
+    for hook, remedy in _REFUSED.items():
+        if is_overridden(hook, module):
+            raise ValueError(f"{type(module).__name__} overrides {hook}: {remedy}.")
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"training_step of {type(module).__name__} takes dataloader_iter; local modules need "
+            "the batch: take (batch, batch_idx)."
+        )
+
+
+def forward_hooks(learner: pl.LightningModule, module: pl.LightningModule) -> None:
+    """Lets the learner answer with the user's hooks; what the user lacks stays "not overridden"."""
+    for hook in HOOKS:
+        if is_overridden(hook, module):
+            setattr(learner, hook, getattr(module, hook))
+
+
+def call_hook(module: pl.LightningModule, hook: str, *args: Any) -> Any:
+    """Calls a hook of the user's module if there is one of its own."""
+    return getattr(module, hook)(*args) if is_overridden(hook, module) else None

@@ -1,0 +1,63 @@
+"""Layers that heads are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "ChannelsFirst", "Pool"]
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm that trains on a batch of one sample: with its running statistics."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalises `(N, C)` or `(N, C, L)`."""
+        if self.training and input.numel() == input.shape[1]:
+            return _running_norm(self, input)
+        return super().forward(input)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that trains on one sample with a map of one pixel: with its running statistics."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalises `(N, C, H, W)`."""
+        if self.training and input.numel() == input.shape[1]:
+            return _running_norm(self, input)
+        return super().forward(input)
+
+
+def _running_norm(norm: nn.modules.batchnorm._BatchNorm, input: torch.Tensor) -> torch.Tensor:
+    return functional.batch_norm(
+        input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+    )
+
+
+class ChannelsFirst(nn.Module):
+    """Moves the channels to dimension 1."""
+
+    def __init__(self, channel_dim: int) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(N, ..., C)` to `(N, C, ...)`."""
+        return hidden.movedim(self.channel_dim, 1)
+
+
+class Pool(nn.Module):
+    """Averages over space or sequence, or (per token) moves the channels last."""
+
+    def __init__(self, channel_dim: int, pools: bool) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.pools = pools
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A hidden state to `(N, C)`, or to `(N, ..., C)` per token."""
+        if not self.pools:
+            return hidden.movedim(self.channel_dim, -1)
+        dims = [d for d in range(1, hidden.ndim) if d != self.channel_dim]
+        return hidden.mean(dims) if dims else hidden

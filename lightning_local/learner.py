@@ -1,0 +1,298 @@
+"""LocalLearner: the LightningModule that wraps the user's and trains it by local learning.
+
+Here: arguments, hooks, what the Trainer asks for. The training loop itself is in `loop.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_local import optim, state
+from lightning_local.build import example_inputs, make_local_modules
+from lightning_local.callbacks import LocalSummary, Restore
+from lightning_local.couplings import Isolated
+from lightning_local.hooks import call_hook, check_module, forward_hooks
+from lightning_local.links import InProcessLinks, Links
+from lightning_local.local_module import LocalModule
+from lightning_local.loop import TrainingLoop
+from lightning_local.methods import LocalMethod, get_method
+from lightning_local.metrics import HeadAccuracy, after_heads
+from lightning_local.optim import TrainerFlags
+from lightning_local.partition import Partition, check_names
+from lightning_local.randomness import Streams
+from lightning_local.wrapping import default_unpack, find_network
+
+__all__ = ["LocalLearner"]
+
+
+class LocalLearner(pl.LightningModule):
+    """Trains an existing LightningModule by local learning.
+
+    Args:
+        module: The user's module, with automatic optimization; its `training_step`, metrics,
+            logging, evaluation steps and `configure_optimizers` are used as they are.
+        method: A method, or the name of a preset in `methods.METHODS`.
+        partition: `"units"` (one local module per unit), a number of local modules, a list of
+            split points, or a `Partition`.
+        network: Attribute of the module that is cut; default its only child with parameters, or
+            `"."`, the module's own forward, when it defines layers directly.
+        criterion: Loss of the heads, `(output, target) -> scalar`; default cross entropy. The last
+            local module's loss is what the user's `training_step` returns.
+        unpack: Function from a batch to `(input, target)`; default takes pairs and usual dicts.
+        out_features: Number of outputs of the heads; default the network's.
+        optimizer: Function from parameters to an optimizer, called per local module; default the
+            user's own optimizer, cloned per local module with groups and schedulers.
+        lr_scheduler: Function from an optimizer to a scheduler (per epoch); needs `optimizer`.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range, or the module can't be wrapped.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import DemoModel
+        >>> from lightning_local import methods
+        >>> learner = LocalLearner(DemoModel(), method=methods.EndToEnd())
+        >>> learner.num_modules
+        1
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        method: LocalMethod | str = "AugLocal",
+        partition: Partition | int | list[str] | str = "units",
+        *,
+        network: str | None = None,
+        criterion: nn.Module | Callable[[Any, Any], Any] | None = None,
+        unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+        out_features: int | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:
+        super().__init__()
+        check_module(module)
+        self.method = get_method(method)
+        self.partition = Partition.of(partition)
+        if self.method.head is None:
+            if self.partition not in (Partition(), Partition(num_modules=1)):
+                raise ValueError(
+                    f"{type(self.method).__name__} trains the network as one module, but "
+                    f"partition={partition!r}: leave partition out, or choose another method."
+                )
+            self.partition = Partition(num_modules=1)
+        if out_features is not None and out_features < 1:
+            raise ValueError(f"out_features={out_features}: heads need 1 or more outputs.")
+        if lr_scheduler is not None and optimizer is None:
+            raise ValueError("lr_scheduler needs optimizer: pass both, or neither.")
+        self.automatic_optimization = False
+        self.module = module
+        end_to_end = self.partition.num_modules == 1 or self.partition.split_points == ()
+        self.network_name = "." if end_to_end and network is None else find_network(module, network)
+        if not end_to_end:
+            check_names(self.network, self.partition, self.network_name)
+        # In a tuple, so that it is no submodule: each local module has a copy of its own.
+        self._criterion = (criterion or nn.CrossEntropyLoss(),)
+        self.unpack = unpack or default_unpack
+        self.out_features = out_features
+        self.optimizer_callable = optimizer
+        self.lr_scheduler_callable = lr_scheduler
+        self.local_modules = nn.ModuleList()
+        self.split_points: tuple[str, ...] = ()
+        self.cutting: Any = None
+        self.streams = Streams(0, 1)
+        self.batches = 0
+        self.num_modules = 1 if end_to_end else 0
+        self.links: Links = InProcessLinks()
+        self.prepare_data_per_node = module.prepare_data_per_node
+        self.example_input_array = module.example_input_array
+        self.strict_loading = module.strict_loading
+        self.loop: TrainingLoop | None = None
+        self.head_accuracy: HeadAccuracy | None = None
+        self.flags = TrainerFlags()
+        self._configs: list[Any] = []
+        if end_to_end and not isinstance(self.method.coupling, Isolated):
+            rank_zero_warn(
+                f"{type(self.method.coupling).__name__} has no effect with one local module: there "
+                "is no boundary. Cut the network, or use methods.EndToEnd()."
+            )
+        forward_hooks(self, module)
+        for name in ("validation_step", "test_step"):
+            if is_overridden(name, module):
+                setattr(self, name, after_heads(self, getattr(module, name)))
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that is cut."""
+        if self.network_name == ".":
+            return self.module
+        return self.module.get_submodule(self.network_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's module's forward."""
+        return self.module(*args, **kwargs)
+
+    def configure_callbacks(self) -> Any:
+        """The user's callbacks, our summary, and the hand-over of the Trainer's flags.
+
+        Lightning refuses clipping and accumulation under manual optimization right after this
+        hook; the learner carries them out itself and puts the flags back in `setup`.
+        """
+        trainer = self.trainer
+        self.flags.take(trainer)
+        own = call_hook(self.module, "configure_callbacks") or []
+        callbacks = list(own) if isinstance(own, Sequence) else [own]
+        present = [*trainer.callbacks, *callbacks]  # type: ignore[attr-defined]
+        if not any(isinstance(callback, LocalSummary) for callback in present) and any(
+            isinstance(callback, pl.callbacks.ModelSummary) for callback in present
+        ):
+            callbacks.append(LocalSummary())
+        if not any(isinstance(callback, Restore) for callback in present):
+            callbacks.append(Restore())
+        return callbacks
+
+    def release(self) -> None:
+        """Takes everything the run bound to the user's module off it again."""
+        self.module.__dict__.pop("log", None)
+
+    def setup(self, stage: str) -> None:
+        """Cuts the network and makes the heads, before weights and optimizers are restored."""
+        self.flags.give_back(self.trainer)
+        self.module.__dict__["log"] = self.log
+        call_hook(self.module, "setup", stage)
+        if not is_overridden("configure_model", self.module):
+            self._build(stage)
+
+    def configure_model(self) -> None:
+        """The user's `configure_model`, then what `setup` does otherwise."""
+        if is_overridden("configure_model", self.module):
+            self.module.configure_model()
+            with torch.device("cpu"):
+                self._build(str(self.trainer.state.fn.value if self.trainer.state.fn else "fit"))
+
+    def teardown(self, stage: str) -> None:
+        """Leaves the user's module as it was, but trained."""
+        call_hook(self.module, "teardown", stage)
+        self.release()
+
+    def _build(self, stage: str) -> None:
+        wants_heads = stage == "fit" or any(
+            isinstance(callback, LocalSummary) and callback.head_accuracy
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+        )
+        if self.num_modules == 1 or self.cutting is not None or not wants_heads:
+            return
+        self.build(*example_inputs(self, self.unpack))
+
+    def build(self, *inputs: Any) -> None:
+        """Cuts the network and makes the heads; the Trainer does it by itself.
+
+        Args:
+            inputs: An input of the network, of any batch size.
+
+        Raises:
+            ValueError: The network can't be cut as asked.
+        """
+        seed = torch.initial_seed()
+        self.cutting, modules = make_local_modules(
+            self.network,
+            self.partition,
+            self.method,
+            inputs,
+            name=self.network_name,
+            criterion=self._criterion[0],
+            out_features=self.out_features,
+            seed=seed,
+        )
+        self.local_modules.extend(modules)
+        self.split_points = self.cutting.split_points
+        self.num_modules = len(modules)
+        self.streams = Streams(seed, self.num_modules)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer per local module, with schedulers."""
+        recipes = optim.recipes(
+            self.module,
+            self.optimizer_callable,
+            self.lr_scheduler_callable,
+            *self.parameters_per_module(),
+        )
+        self._configs = [config for _, configs in recipes for config in configs]
+        return [optimizer for optimizer, _ in recipes], optim.for_lightning(recipes)
+
+    def parameters_per_module(self) -> tuple[list[list[nn.Parameter]], list[list[nn.Parameter]]]:
+        """For each local module its parameters of the user's module, and those of its head.
+
+        What lies outside the network belongs to the last local module.
+        """
+        if self.num_modules == 1:
+            return [list(self.module.parameters())], [[]]
+        bodies = [list(module.body.parameters()) for module in self.modules_in_order()]
+        taken = {id(p) for parameters in bodies for p in parameters}
+        bodies[-1].extend(p for p in self.module.parameters() if id(p) not in taken)
+        # A body registers nothing, so a local module's own parameters are its head's.
+        return bodies, [list(module.parameters()) for module in self.modules_in_order()]
+
+    def modules_in_order(self) -> list[LocalModule]:
+        """The K local modules; empty for a learner that trains end to end."""
+        return [module for module in self.local_modules if isinstance(module, LocalModule)]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The user's hook, then clipping: here gradients are unscaled."""
+        call_hook(self.module, "on_before_optimizer_step", optimizer)
+        if self.trainer.gradient_clip_val:
+            self.clip_gradients(
+                optimizer,
+                gradient_clip_val=self.trainer.gradient_clip_val,
+                gradient_clip_algorithm=self.trainer.gradient_clip_algorithm,
+            )
+
+    def on_train_start(self) -> None:
+        """Starts the loop of this fit."""
+        self.loop = TrainingLoop(self)
+        call_hook(self.module, "on_train_start")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """One batch through all local modules; returns what the user's step returned."""
+        assert self.loop is not None
+        result = self.loop.run(batch, batch_idx)
+        self._step_schedulers("step", batch_idx + 1, plateau=False)
+        if self.trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._step_schedulers("epoch", self.current_epoch + 1, plateau=False)
+        return result
+
+    def _step_schedulers(self, interval: str, index: int, *, plateau: bool) -> None:
+        if interval == "step" and self.trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        optim.step_schedulers(self, self._configs, interval, plateau, index)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The user's hook."""
+        call_hook(self.module, "on_train_batch_end", outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the epoch's local metrics; schedulers that wait for a metric step."""
+        call_hook(self.module, "on_train_epoch_end")
+        assert self.loop is not None
+        self.loop.log_epoch()
+        self._step_schedulers("epoch", self.current_epoch + 1, plateau=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Writes the user's checkpoint with one entry of ours, after a look for NaN losses."""
+        if self.loop is not None:
+            self.loop.metrics.check()
+        state.save(self, checkpoint)
+        call_hook(self.module, "on_save_checkpoint", checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts back what was moved, before weights are loaded."""
+        call_hook(self.module, "on_load_checkpoint", checkpoint)
+        state.load(self, checkpoint)

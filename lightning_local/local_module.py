@@ -1,0 +1,41 @@
+"""One local module: a body of the user's network with its auxiliary head. Forward only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_local.body import Body
+
+__all__ = ["LocalModule"]
+
+
+class LocalModule(nn.Module):
+    """Body and head.
+
+    Args:
+        body: A slice of the user's network; it registers nothing.
+        head: The auxiliary network; None for the last local module.
+        objective: Maps (output of the head, hidden state, target) to the local loss; None for the
+            last local module, whose loss is the user's own.
+    """
+
+    def __init__(self, body: Body, head: nn.Module | None, objective: nn.Module | None) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.objective = objective
+        # A head that starts with an in-place operation would overwrite what is sent on.
+        self.head_in_place = False
+
+    def forward(self, *values: Any) -> Any:
+        """Runs the body: see `Body.forward`."""
+        return self.body(*values)
+
+    def predict(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's output for a hidden state: logits `(N, C)`, or `(N, T, V)` per token."""
+        assert self.head is not None
+        output: torch.Tensor = self.head(hidden.clone() if self.head_in_place else hidden)
+        return output

@@ -1,0 +1,202 @@
+"""The one training loop of local learning. It serves one process and many.
+
+For each local module k that lives here, in order (numbers are cited in the code):
+
+    1 receive   the message of k-1: hidden state, target, batch, (boundary gradient)
+    2 forward   body and head of k give l_k; the last one's l_k is the user's training_step
+    3 prepare   what the coupling must know before the message can leave
+    4 send      the detached hidden state to k+1
+    5 backward  of l_k; its graph is freed (kept for one neighbour by a backward link)
+    6 return    the boundary error to k-1, if the coupling has one
+    7 link      k takes the error of k+1; a module of such a coupling steps one behind
+    8 step      k's own optimizer; gradients are released
+
+x_k is computed before k steps, so neither the order of steps nor the place of a module changes any
+number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_local.couplings import Work
+from lightning_local.message import Message
+from lightning_local.metrics import LocalMetrics
+from lightning_local.optim import count_once
+from lightning_local.wrapping import Substitute, as_inputs, run_step
+
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
+
+__all__ = ["TrainingLoop"]
+
+
+class TrainingLoop:
+    """Runs batches through the local modules of one fit.
+
+    Args:
+        learner: Whose local modules; its `links` say where the neighbours are.
+    """
+
+    def __init__(self, learner: LocalLearner) -> None:
+        self.learner = learner
+        self.trainer = learner.trainer
+        self.device = learner.device
+        self.num_modules = learner.num_modules
+        self.owned = range(self.num_modules)
+        self.metrics = LocalMetrics(self.num_modules, self.device)
+        self.coupling = learner.method.coupling
+        optimizers = learner.optimizers()
+        self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self._profiler = self.trainer.profiler  # type: ignore[attr-defined]
+        self._names = [f"local/{k:02d}" for k in range(self.num_modules)]
+        self._check_input = True
+        self._result: Any = None
+
+    def run(self, batch: Any, batch_idx: int) -> Any:
+        """One batch through all local modules.
+
+        Returns:
+            What the user's `training_step` returned.
+        """
+        learner = self.learner
+        count_once(self.trainer, counted=self.owned[-1])
+        inputs, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
+        learner.links.send(0, Message(as_inputs(inputs), target, batch, batch_idx))
+        waiting: tuple[int, Work] | None = None
+        for k in self.owned:
+            work = self._start(k)
+            if waiting is not None:
+                self._finish(*waiting)
+                waiting = None
+            if self.coupling.returns_error and k < self.num_modules - 1:
+                waiting = (k, work)
+            else:
+                self._finish(k, work)
+        if waiting is not None:
+            self._finish(*waiting)
+        self._check_input = False
+        self.metrics.close_step(learner.batches)
+        learner.batches += 1
+        self._log_window()
+        result, self._result = self._result, None
+        return result
+
+    def _start(self, k: int) -> Work:
+        """Steps 1 to 6."""
+        coupling, links = self.coupling, self.learner.links
+        message = links.receive(k)  # 1
+        with self._profiled(k), self.learner.streams.using(k, self.device):
+            work, sent, output = self._forward(k, message)  # 2
+            assert work.loss is not None
+            loss = work.loss.detach()
+            with torch.autocast(self.device.type, enabled=False):
+                gradient = coupling.prepare(work)  # 3
+                if k < self.num_modules - 1:
+                    onward = (message.target, message.batch, message.batch_idx)
+                    links.send(k + 1, Message(sent, *onward, gradient))  # 4
+                error = coupling.backward(work)  # 5
+            if error is not None:
+                links.return_error(k - 1, error)  # 6
+            self.metrics.update(k, loss, output, message.target, work.penalty)
+        if not coupling.returns_error:
+            work.hidden = None
+        return work
+
+    def _forward(self, k: int, message: Message) -> tuple[Work, tuple[Any, ...], Any]:
+        """Step 2: the local loss, what goes on to the next local module, and the prediction."""
+        learner = self.learner
+        last = k == self.num_modules - 1
+        values, leaf = message.values, None
+        module = learner.modules_in_order()[k] if self.num_modules > 1 else None
+        if k > 0 and self.coupling.needs_input_gradient:
+            leaf = values[0].detach().requires_grad_()
+            values = (leaf, *values[1:])
+        if module is not None and module.body.in_place and (k == 0 or leaf is not None):
+            # What the body overwrites is the user's batch, or a leaf, which autograd forbids.
+            values = (values[0].clone(), *values[1:])
+        hidden, sent = None, ()
+        with ExitStack() as stack:
+            if self.coupling.second_derivative and self.num_modules > 1:
+                # The fused attention kernels have no second derivative.
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if module is None:
+                loss, self._result = run_step(
+                    learner.module.training_step, message.batch, message.batch_idx
+                )
+                output = None
+            elif last:
+                expected = as_inputs(learner.unpack(message.batch)[0])
+                network = Substitute(
+                    learner.network, lambda: module(*values), expected, self._check_input
+                )
+                with network.active():
+                    loss, self._result = run_step(
+                        learner.module.training_step, message.batch, message.batch_idx
+                    )
+                output = network.output
+            else:
+                hidden, *carried = module(*values)
+                output = module.predict(hidden)
+                assert module.objective is not None
+                loss = module.objective(output, hidden, message.target)
+                sent = (hidden.detach(), *carried)
+        if isinstance(output, torch.Tensor):
+            output = output.detach()
+        work = Work(
+            loss=loss,
+            input=leaf,
+            hidden=hidden,
+            received=message.gradient,
+            tail=module.body.tail if module is not None else lambda length: (),
+            run_backward=self._backward,
+            scale=1.0 / self.trainer.accumulate_grad_batches,
+            step=learner.batches,
+        )
+        return work, sent, output
+
+    def _backward(self, loss: torch.Tensor, **options: Any) -> None:
+        window = self.trainer.accumulate_grad_batches
+        self.learner.manual_backward(loss if window == 1 else loss / window, **options)
+
+    def _finish(self, k: int, work: Work) -> None:
+        """Steps 7 and 8."""
+        if self.coupling.returns_error and k < self.num_modules - 1:
+            error = self.learner.links.await_error(k)
+            with torch.autocast(self.device.type, enabled=False):
+                self.coupling.link(work, error)  # 7
+        if not self.trainer.fit_loop.epoch_loop._should_accumulate():
+            self.optimizers[k].step()  # 8
+            self.optimizers[k].zero_grad()
+
+    @contextmanager
+    def _profiled(self, k: int) -> Iterator[None]:
+        if self.num_modules == 1:
+            yield
+            return
+        with (
+            self._profiler.profile(self._names[k]),
+            torch.autograd.profiler.record_function(self._names[k]),
+        ):
+            yield
+
+    def _log_window(self) -> None:
+        """Logs and checks the window's means when Lightning's loggers are due."""
+        if not self.trainer._logger_connector.should_update_logs:
+            return
+        self.metrics.check()
+        if self.num_modules > 1 and not self.trainer.barebones:
+            self.learner.log_dict(self.metrics.read(), on_step=True, on_epoch=False)
+
+    def log_epoch(self) -> None:
+        """Logs the epoch's means of the local metrics."""
+        self.metrics.check()
+        if self.num_modules > 1 and not self.trainer.barebones:
+            self.learner.log_dict(self.metrics.read(epoch=True), on_step=False, on_epoch=True)

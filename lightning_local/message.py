@@ -1,0 +1,36 @@
+"""What crosses the boundary between two local modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Message"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """The detached tensors one local module hands to the next.
+
+    Attributes:
+        values: The hidden state first, then what rides along with it (masks, sizes); for the first
+            local module the network's inputs.
+        target: The batch's target, for the local losses.
+        batch: The user's batch, for the last local module.
+        batch_idx: Number of the batch in the epoch.
+        gradient: The boundary gradient: gradient of the sender's loss with respect to the hidden
+            state, unscaled; None unless the coupling sends it.
+    """
+
+    values: tuple[Any, ...]
+    target: Any
+    batch: Any
+    batch_idx: int
+    gradient: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Holds our own invariant: no autograd edge crosses a boundary."""
+        for value in (*self.values, self.gradient):
+            assert not (isinstance(value, torch.Tensor) and value.grad_fn is not None)

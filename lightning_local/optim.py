@@ -1,0 +1,257 @@
+"""Optimizers, schedulers, clipping and step counting, one of each per local module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import (
+    LightningOptimizer,
+    _configure_optimizers,
+    _configure_schedulers_automatic_opt,
+)
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = [
+    "build_from_callables",
+    "clone_per_module",
+    "count_once",
+    "TrainerFlags",
+    "for_lightning",
+    "read_recipe",
+    "recipes",
+    "step_schedulers",
+]
+
+Recipe = tuple[Optimizer, list[LRSchedulerConfig]]
+
+
+class TrainerFlags:
+    """The Trainer's clipping and accumulation, which Lightning refuses under manual optimization.
+
+    Taken before its check and given back after it; the learner carries them out itself.
+    """
+
+    def __init__(self) -> None:
+        self._taken: tuple[Any, int] | None = None
+
+    def take(self, trainer: pl.Trainer) -> None:
+        """Remembers the flags and sets them to what Lightning lets pass."""
+        if self._taken is None:
+            self._taken = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
+        trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
+
+    def give_back(self, trainer: pl.Trainer) -> None:
+        """Sets the flags as the user did."""
+        if self._taken is not None:
+            trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._taken
+            self._taken = None
+
+
+def read_recipe(configured: Any) -> Recipe:
+    """What `configure_optimizers` returned, as one optimizer and its complete scheduler configs.
+
+    Raises:
+        ValueError: It returned no optimizer, or several.
+    """
+    if configured is None:
+        raise ValueError(
+            "configure_optimizers of the wrapped module returned None, so there is nothing to "
+            "train with: return an optimizer, or pass LocalLearner(optimizer=...)."
+        )
+    optimizers, schedulers, monitor = _configure_optimizers(configured)
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"configure_optimizers of the wrapped module returned {len(optimizers)} optimizers; "
+            "which of them a local module should get would be a guess. Return one (it may have "
+            "several parameter groups), or pass LocalLearner(optimizer=...)."
+        )
+    optimizer = optimizers[0]
+    if isinstance(optimizer, LightningOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer, _configure_schedulers_automatic_opt(schedulers, monitor)
+
+
+def recipes(
+    module: pl.LightningModule,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None,
+    lr_scheduler: Callable[[Optimizer], Any] | None,
+    own: Sequence[Sequence[nn.Parameter]],
+    heads: Sequence[Sequence[nn.Parameter]],
+) -> list[Recipe]:
+    """One recipe per local module: from the learner's callables, else the user's own, cloned."""
+    if optimizer is not None:
+        return build_from_callables(optimizer, lr_scheduler, own, heads)
+    return clone_per_module(read_recipe(module.configure_optimizers()), own, heads)
+
+
+def for_lightning(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
+    """Scheduler configs with the keys that Lightning keeps under manual optimization."""
+    given = []
+    for k, (_, configs) in enumerate(recipes):
+        for config in configs:
+            name = f"{config.name or 'lr'}/{k:02d}" if len(recipes) > 1 else config.name
+            kept = {"interval": config.interval, "frequency": config.frequency, "name": name}
+            given.append({"scheduler": config.scheduler, **kept})
+    return given
+
+
+def clone_per_module(
+    recipe: Recipe,
+    own: Sequence[Sequence[nn.Parameter]],
+    heads: Sequence[Sequence[nn.Parameter]],
+) -> list[Recipe]:
+    """Gives each local module the user's optimizer and schedulers on its own parameters.
+
+    Groups keep their places, even when a module has nothing in one, so that what schedulers keep
+    per group stays in line. A head joins the first group in which its module has parameters.
+
+    Args:
+        recipe: The user's; must not have stepped yet.
+        own: For each local module its parameters of the user's module.
+        heads: For each local module the parameters of its head.
+    """
+    optimizer, configs = recipe
+    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(own) == 1:
+        return [recipe]
+    mine = [{id(p) for p in parameters} for parameters in own]
+    known = set().union(*mine)
+    # What the user optimizes outside the wrapped module goes with the last local module.
+    mine[-1] |= {id(p) for p in listed if id(p) not in known}
+    clones = []
+    for ids, head in zip(mine, heads, strict=True):
+        memo: dict[int, Any] = {id(p): p for p in listed}
+        clone, schedulers = copy.deepcopy((optimizer, [c.scheduler for c in configs]), memo)
+        for group in clone.param_groups:
+            kept = [i for i, p in enumerate(group["params"]) if id(p) in ids]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [group[key][i] for i in kept]
+        filled = [group for group in clone.param_groups if group["params"]]
+        group = (filled or clone.param_groups)[0]
+        group["params"].extend(head)
+        if "param_names" in group:
+            group["param_names"].extend(f"head.{i}" for i in range(len(head)))
+        if schedulers:
+            _track_steps(clone)
+        copies = [copy.copy(config) for config in configs]
+        for config, scheduler in zip(copies, schedulers, strict=True):
+            config.scheduler = scheduler
+        clones.append((clone, copies))
+    return clones
+
+
+def _track_steps(optimizer: Optimizer) -> None:
+    """Lets schedulers see that the clone steps, as torch does when a scheduler is made for it."""
+    step = type(optimizer).step
+
+    def tracked(*args: Any, **kwargs: Any) -> Any:
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        return step(optimizer, *args, **kwargs)
+
+    tracked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = tracked  # type: ignore[method-assign]
+
+
+def build_from_callables(
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    lr_scheduler: Callable[[Optimizer], Any] | None,
+    own: Sequence[Sequence[nn.Parameter]],
+    heads: Sequence[Sequence[nn.Parameter]],
+) -> list[Recipe]:
+    """Calls the learner's own `optimizer` and `lr_scheduler` for each local module.
+
+    Raises:
+        ValueError: `optimizer` returned something else, or dropped parameters.
+    """
+    recipes = []
+    for k, (body, head) in enumerate(zip(own, heads, strict=True)):
+        parameters = [p for p in (*body, *head) if p.requires_grad]
+        made = optimizer(parameters)
+        if not isinstance(made, Optimizer):
+            raise ValueError(
+                f"LocalLearner(optimizer=...) returned a {type(made).__name__} for local module "
+                f"{k}: it has to return a torch.optim.Optimizer."
+            )
+        held = {id(p) for group in made.param_groups for p in group["params"]}
+        missing = sum(id(p) not in held for p in parameters)
+        if missing:
+            raise ValueError(
+                f"LocalLearner(optimizer=...) left out {missing} of the {len(parameters)} "
+                f"parameters of local module {k}: it has to optimize all it is given; freeze what "
+                "should not train with requires_grad_(False)."
+            )
+        configured: Any = made
+        if lr_scheduler is not None:
+            scheduler = lr_scheduler(made)
+            configured = {
+                "optimizer": made,
+                "lr_scheduler": scheduler,
+                "monitor": getattr(scheduler, "monitor", None),
+            }
+            if isinstance(scheduler, dict):
+                configured["monitor"] = scheduler.get("monitor")
+        recipes.append(read_recipe(configured))
+    return recipes
+
+
+def count_once(trainer: pl.Trainer, counted: int) -> None:
+    """Lets one optimizer alone advance `trainer.global_step`, whatever K.
+
+    Lightning counts every step of every optimizer under manual optimization
+    (Lightning-AI/pytorch-lightning#17958); the loop hangs its counters on all optimizers at the
+    start of each batch, so this runs in each batch too.
+    """
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    for k, optimizer in enumerate(trainer.strategy._lightning_optimizers):
+        if k != counted:
+            optimizer._on_before_step = partial(profiler.start, "optimizer_step")
+            optimizer._on_after_step = partial(profiler.stop, "optimizer_step")
+
+
+def step_schedulers(
+    learner: pl.LightningModule,
+    configs: Iterable[LRSchedulerConfig],
+    interval: str,
+    plateau: bool,
+    index: int,
+) -> None:
+    """Steps the schedulers that are due, by the rules of automatic optimization.
+
+    Args:
+        learner: Its `lr_scheduler_step` makes the step.
+        configs: Complete configs of all local modules.
+        interval: `"step"` or `"epoch"`.
+        plateau: Only those that wait for a metric, or only the others.
+        index: Number of the batch or epoch, from 1; `frequency` divides it.
+
+    Raises:
+        MisconfigurationException: A strict config's metric was not logged.
+    """
+    for config in configs:
+        if config.interval != interval or config.reduce_on_plateau != plateau:
+            continue
+        if index % config.frequency:
+            continue
+        metric = None
+        if plateau:
+            assert config.monitor is not None
+            metric = learner.trainer.callback_metrics.get(config.monitor)
+            if metric is None:
+                message = (
+                    f"ReduceLROnPlateau waits for the metric {config.monitor!r}, which was not "
+                    f"logged; there are {sorted(learner.trainer.callback_metrics)}."
+                )
+                if config.strict:
+                    raise MisconfigurationException(message)
+                rank_zero_warn(f"{message} The learning rate stays.", category=RuntimeWarning)
+                continue
+        learner.lr_scheduler_step(config.scheduler, metric)

@@ -1,0 +1,276 @@
+"""Cuts any network into bodies that compose back to it exactly.
+
+Here: what a user asks for (`Partition`), which cuts follow from it, and the cut network. What a
+unit is stands in `units.py`, how glue is traced in `tracing.py`, the code that runs in `body.py`.
+
+Legend: n units, K local modules; a split point is the name of a submodule after which to cut.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_local.body import Body
+from lightning_local.dryrun import Boundary, boundary, run_values
+from lightning_local.slicing import place, slices
+from lightning_local.tracing import trace
+from lightning_local.units import find_units, opens_candidates
+
+__all__ = ["Cutting", "Partition", "check_names", "choose_points", "cut_network"]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What the user asks for: into how many local modules, or where, to cut a network.
+
+    Args:
+        num_modules: Number of local modules K (1 is end to end); contiguous runs of units whose
+            lengths differ by at most one. None means one local module per unit.
+        split_points: Names of submodules after which to cut, instead of `num_modules`; K - 1 of
+            them, in the order in which the network runs them.
+        leaves: Paths of submodules that are never cut.
+        granularity: `"blocks"` never splits a block (a module of a user's class of which a
+            container holds two or more); `"finest"` may.
+        layout: Where hidden states have their channels: `"auto"` finds out at each boundary,
+            `"channels_first"` or `"channels_last"` says so for all.
+
+    Raises:
+        ValueError: An argument is out of its range, or two exclude each other.
+
+    Example:
+        >>> Partition(split_points=["layer1", "layer3"]).split_points
+        ('layer1', 'layer3')
+    """
+
+    num_modules: int | None = None
+    split_points: Sequence[str] | None = None
+    leaves: Sequence[str] = field(default=())
+    granularity: str = "blocks"
+    layout: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks the request."""
+        for name, value, allowed in (
+            ("granularity", self.granularity, ("blocks", "finest")),
+            ("layout", self.layout, ("auto", "channels_first", "channels_last")),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"Partition({name}={value!r}) is not known: pass one of {allowed}."
+                )
+        if self.num_modules is not None and (
+            isinstance(self.num_modules, bool) or self.num_modules < 1
+        ):
+            raise ValueError(
+                f"Partition(num_modules={self.num_modules!r}): a network is cut into 1 (end to "
+                "end) or more local modules; pass a positive int, or None for one per unit."
+            )
+        if self.split_points is not None:
+            if self.num_modules is not None:
+                raise ValueError(
+                    "Partition got both num_modules and split_points; K split points already make "
+                    "K + 1 local modules: pass one of the two."
+                )
+            points = tuple(self.split_points)
+            twice = sorted({p for p in points if points.count(p) > 1})
+            if twice:
+                raise ValueError(
+                    f"Partition(split_points=...) names {twice} twice: once is enough."
+                )
+            object.__setattr__(self, "split_points", points)
+        object.__setattr__(self, "leaves", tuple(self.leaves))
+
+    @staticmethod
+    def of(request: Partition | int | Sequence[str] | str) -> Partition:
+        """The request as a `Partition`: an int is `num_modules`, a list `split_points`."""
+        if isinstance(request, Partition):
+            return request
+        if isinstance(request, str):
+            if request != "units":
+                raise ValueError(
+                    f"partition={request!r} is not known: pass 'units', a number of local modules, "
+                    "a list of split points, or a Partition."
+                )
+            return Partition()
+        if isinstance(request, int):
+            return Partition(num_modules=request)
+        if not all(isinstance(point, str) for point in request):
+            raise TypeError(f"partition={request!r}: split points are names of submodules (str).")
+        return Partition(split_points=list(request))
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """A cut network.
+
+    Attributes:
+        split_points: Names after which the network was cut, K - 1 of them.
+        bodies: The K bodies, in order.
+        boundaries: The form of the hidden state after each body but the last.
+        unit_points: Names after which the units end, all but the last unit.
+        units: One body per unit, for heads that imitate later units.
+        unit_boundaries: The form of what each unit returns, for all but the last unit.
+        last_unit: For each body the index of the last unit that has a part in it.
+        output: What the network returns: a fake tensor, or a structure of them.
+    """
+
+    split_points: tuple[str, ...]
+    bodies: tuple[Body, ...]
+    boundaries: tuple[Boundary, ...]
+    unit_points: tuple[str, ...]
+    units: tuple[Body, ...]
+    unit_boundaries: tuple[Boundary, ...]
+    last_unit: tuple[int, ...]
+    output: Any
+
+
+def check_names(network: nn.Module, request: Partition, name: str) -> None:
+    """What can be said about a request before anything runs.
+
+    Raises:
+        ValueError: The network has no parameters, or no submodule of a name that was given.
+    """
+    if next(network.parameters(), None) is None:
+        raise ValueError(
+            f"`{name}` ({type(network).__name__}) has no parameters, so there is nothing to train "
+            "locally: pass network=... with the attribute that holds the layers."
+        )
+    known = {path for path, _ in network.named_modules() if path}
+    for path in (*(request.split_points or ()), *request.leaves):
+        if path not in known:
+            raise _unknown(network, path)
+
+
+def _unknown(network: nn.Module, point: str) -> ValueError:
+    names = [name for name, _ in network.named_modules() if name]
+    close = difflib.get_close_matches(point, names, n=3) or names[:3]
+    return ValueError(
+        f"Split point `{point}` is no submodule of {type(network).__name__}; the closest names "
+        f"are: {', '.join(close)}."
+    )
+
+
+def _check_hooks(network: nn.Module, opened: Iterable[str]) -> None:
+    for path in opened:
+        module = network.get_submodule(path)
+        hooks = (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        if any(hooks):
+            raise ValueError(
+                f"`{path or type(network).__name__}` has forward or backward hooks, and cuts lie "
+                "inside it, so that its hooks would never run: put them on a submodule that is not "
+                "cut, or keep it whole with Partition(leaves=[...])."
+            )
+
+
+def choose_points(
+    units: Sequence[str], request: Partition, tail_units: int, network: str = "network"
+) -> tuple[str, ...]:
+    """Split points for a request, given the n units' own (n - 1 names).
+
+    Args:
+        units: Names after which units end, all but the last.
+        request: What the user asked for; not with explicit split points.
+        tail_units: The last `tail_units + 1` units stay in one local module.
+        network: What to call the network in an error.
+
+    Raises:
+        ValueError: More local modules than units, or a tail that takes all of them.
+    """
+    n = len(units) + 1
+    wanted = n if request.num_modules is None else request.num_modules
+    if wanted > n:
+        raise ValueError(
+            f"partition={wanted} asks for {wanted} local modules, but `{network}` has {n} units: "
+            f"pass at most {n}, or 'units'; Partition(granularity='finest') may split blocks too."
+        )
+    lengths = [n // wanted + (k < n % wanted) for k in range(wanted)]
+    ends = [sum(lengths[: k + 1]) - 1 for k in range(wanted - 1)]
+    kept = [end for end in ends if end <= n - 2 - tail_units]
+    if wanted > 1 and not kept:
+        raise ValueError(
+            f"The head asks for the last {tail_units + 1} units in one local module, and "
+            f"`{network}` has {n} units in {wanted} local modules, so nothing is left to cut: use "
+            f"a depth of at most {n - 2 - ends[0]}, or pass explicit split points."
+        )
+    return tuple(units[end] for end in kept)
+
+
+def cut_network(
+    network: nn.Module,
+    request: Partition,
+    inputs: Sequence[Any],
+    *,
+    tail_units: int = 0,
+    name: str = "network",
+    split_points: Sequence[str] | None = None,
+) -> Cutting:
+    """Cuts a network.
+
+    Args:
+        network: The network; it is not changed.
+        request: What the user asked for.
+        inputs: Its positional inputs, for the dry run; real tensors of any batch size.
+        tail_units: See `choose_points`.
+        name: The network's name in errors.
+        split_points: Cut exactly here (from a checkpoint) instead of where `request` asks.
+
+    Raises:
+        ValueError: The network has no parameters, can't be traced, or can't be cut as asked.
+    """
+    explicit = request.split_points if split_points is None else split_points
+    check_names(network, request, name)
+    opens = opens_candidates(network, request.leaves, request.granularity)
+    coarse = trace(network, opens, training=True, num_inputs=len(inputs))
+    unit_points = find_units(network, coarse, run_values(network, coarse, inputs))
+    if explicit is None:
+        points = choose_points(unit_points, request, tail_units, name)
+    else:
+        points = tuple(explicit)
+    parts = [path.split(".") for path in (*unit_points, *points)]
+    around = {".".join(part[:end]) for part in parts for end in range(1, len(part))}
+    traces = {
+        mode: trace(
+            network, lambda p, _: p in around, training=mode, num_inputs=len(inputs), strict=True
+        )
+        for mode in (True, False)
+    }
+    values = run_values(network, traces[True], inputs)
+    places = [place(network, traces[True], p) for p in points]
+    if places != sorted(set(places)):
+        raise ValueError(
+            f"Split points {list(points)} are not in the order in which the network runs, or two "
+            f"name the same place: pass {[p for _, p in sorted(zip(places, points, strict=True))]}."
+        )
+    _check_hooks(network, traces[True].opened)
+    unit_places = [place(network, traces[True], p) for p in unit_points]
+    layout = request.layout
+
+    def form(point: str) -> Boundary:
+        return boundary(traces[True], values, place(network, traces[True], point), point, layout)
+
+    bodies = slices(network, traces, points, unit_points)
+    units = slices(network, traces, unit_points, unit_points)
+    output = values.nodes[traces[True].nodes[-1]]
+    if isinstance(output, torch.Tensor) and output.ndim > 1:
+        bodies[-1].out_features = units[-1].out_features = output.shape[-1]
+    return Cutting(
+        split_points=points,
+        bodies=bodies,
+        boundaries=tuple(form(p) for p in points),
+        unit_points=tuple(unit_points),
+        units=units,
+        unit_boundaries=tuple(form(p) for p in unit_points),
+        last_unit=(*(sum(u < end for u in unit_places) for end in places), len(unit_points)),
+        output=output,
+    )

@@ -1,0 +1,49 @@
+"""Where a head sits: the facts about its hidden state and the units behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_local.body import Body
+from lightning_local.dryrun import Boundary
+
+__all__ = ["Place", "Unit"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit that a head may imitate.
+
+    Attributes:
+        body: Its code and the names of its parameters.
+        input: The form of the hidden state it takes.
+        output: The form of what it returns; None for the last unit.
+    """
+
+    body: Body
+    input: Boundary
+    output: Boundary | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a head sits, and what it has to predict.
+
+    Attributes:
+        k: Index of its local module.
+        num_modules: K.
+        hidden: The form of its hidden state.
+        out_features: Number of logits.
+        pools: One prediction per sample; False: one per token.
+        unit: Index of the last unit with a part in its local module.
+        later: All units after that one.
+    """
+
+    k: int
+    num_modules: int
+    hidden: Boundary
+    out_features: int
+    pools: bool
+    unit: int
+    later: Sequence[Unit]

@@ -1,0 +1,129 @@
+"""From split points to bodies: where each cut lies, who owns which tensor, the code in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx, nn
+
+from lightning_local.body import Body, slice_code
+from lightning_local.tracing import Trace
+from lightning_local.units import cut_places
+
+__all__ = ["place", "slices"]
+
+
+def _feeders(traced: Trace, i: int) -> list[str]:
+    """Names of the modules whose results are alive after node `i`."""
+    names = []
+    for node in traced.alive(i):
+        source: fx.Node | None = node
+        while source is not None and source.op not in ("call_module", "placeholder"):
+            inputs = [n for n in source.all_input_nodes if traced.depends_on_parameters(n)]
+            source = inputs[-1] if inputs else None
+        if traced.depends_on_parameters(node):
+            names.append(str(source.target) if source is not None else node.name)
+    return names
+
+
+def place(network: nn.Module, traced: Trace, point: str) -> int:
+    """Where the cut after `point` lies.
+
+    Raises:
+        ValueError: It can't be cut there.
+    """
+    count = traced.call_counts.get(point, 0)
+    if count != 1:
+        raise ValueError(
+            f"Split point `{point}` is called {count} times in the forward of "
+            f"{type(network).__name__}, so it names no single place: pass the name of a submodule "
+            "that is called once."
+        )
+    found = cut_places(traced)[point]
+    if found is None:
+        stop = next(call.stop for call in traced.calls if call.path == point)
+        if stop >= len(traced.nodes) - 1:
+            raise ValueError(
+                f"Nothing follows split point `{point}`, the end of the network: leave it out."
+            )
+        feeders = ", ".join(f"`{name}`" for name in _feeders(traced, stop - 1))
+        raise ValueError(
+            f"The network can't be cut after `{point}`: more than one tensor would cross (results "
+            f"of {feeders}). Cut before the paths part or after they join."
+        )
+    return found
+
+
+def _owners(
+    network: nn.Module, used: Sequence[Sequence[str]]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Gives each parameter and buffer to one body; what no body uses belongs to the last one."""
+    first: dict[int, tuple[int, str]] = {}
+    parameters: list[list[str]] = [[] for _ in used]
+    buffers: list[list[str]] = [[] for _ in used]
+    named_parameters = dict(network.named_parameters(remove_duplicate=False))
+    named_buffers = dict(network.named_buffers(remove_duplicate=False))
+    for k, names in enumerate(used):
+        for name in names:
+            for path, parameter in named_parameters.items():
+                if path != name and not path.startswith(name + "."):
+                    continue
+                owner, other = first.setdefault(id(parameter), (k, path))
+                if owner != k:
+                    raise ValueError(
+                        f"Parameter `{path}` is used on both sides of a cut (as `{other}` in local "
+                        f"module {owner}, as `{path}` in {k}), and each local module has its own "
+                        "optimizer. Untie it, or choose split points that keep its uses together."
+                    )
+                if path not in parameters[k]:
+                    parameters[k].append(path)
+            for path, buffer in named_buffers.items():
+                if path == name or path.startswith(name + "."):
+                    owner, _ = first.setdefault(id(buffer), (k, path))
+                    if owner == k and path not in buffers[k]:
+                        buffers[k].append(path)
+    for named, lists in ((named_parameters, parameters), (named_buffers, buffers)):
+        taken = {path for names in lists for path in names}
+        lists[-1].extend(
+            path for path, tensor in named.items() if path not in taken and id(tensor) not in first
+        )
+    return parameters, buffers
+
+
+def slices(
+    network: nn.Module, traces: dict[bool, Trace], points: Sequence[str], unit_points: Sequence[str]
+) -> tuple[Body, ...]:
+    """The network's bodies between `points`, each with its units' parameters."""
+    ends = {
+        mode: [-1, *(place(network, t, p) for p in points), len(t.nodes) - 1]
+        for mode, t in traces.items()
+    }
+    codes, used = [], []
+    for k in range(len(points) + 1):
+        pair = [slice_code(t, *ends[mode][k : k + 2]) for mode, t in traces.items()]
+        codes.append([code for code, _ in pair])
+        used.append(list(dict.fromkeys(name for _, names in pair for name in names)))
+    parameters, buffers = _owners(network, used)
+    unit_ends = [place(network, traces[True], p) for p in unit_points]
+    bodies = []
+    for k, (train, evaluation) in enumerate(codes):
+        start, stop = ends[True][k : k + 2]
+        cuts = [start, *(u for u in unit_ends if start < u < stop), stop]
+        units: list[list[str]] = [[] for _ in cuts[1:]]
+        seen: list[set[str]] = [set(slice_code(traces[True], a, b)[1]) for a, b in _pairs(cuts)]
+        for name in parameters[k]:
+            users = [u for u, names in enumerate(seen) if any(_within(name, n) for n in names)]
+            units[users[0] if users else -1].append(name)
+        opened = traces[True].opened
+        body = Body(network, train, evaluation, parameters[k], buffers[k], used[k], opened, units)
+        body.num_carried = len(traces[True].alive(start)) - 1 if start >= 0 else 0
+        bodies.append(body)
+    return tuple(bodies)
+
+
+def _pairs(ends: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(ends[:-1], ends[1:], strict=True))
+
+
+def _within(name: str, path: str) -> bool:
+    return name == path or name.startswith(path + ".")
