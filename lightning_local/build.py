@@ -37,10 +37,9 @@ def example_inputs(
     if example is not None:
         return as_inputs(example)
     trainer = learner.trainer
-    source = trainer.fit_loop._data_source
-    if not source.is_defined():
-        source = trainer.validate_loop._data_source
-    if not source.is_defined():
+    loops: list[Any] = [trainer.fit_loop, trainer.validate_loop, trainer.test_loop]
+    source = next((s for loop in loops if (s := loop._data_source).is_defined()), None)
+    if source is None:
         raise ValueError(
             "The local modules' shapes can't be found without an input: set example_input_array "
             "in the wrapped module, or give the Trainer a train_dataloader."

@@ -110,7 +110,7 @@ class LocalLearner(pl.LightningModule):
         self.cutting: Any = None
         self.streams = Streams(0, 1)
         self.batches = 0
-        self.num_modules = 1 if end_to_end else 0
+        self.num_modules = 1 if end_to_end else 0  # 0 until the network is cut
         self.links: Links = InProcessLinks()
         self.prepare_data_per_node = module.prepare_data_per_node
         self.example_input_array = module.example_input_array

@@ -44,8 +44,10 @@ class LocalMetrics:
     def __init__(self, num_modules: int, device: torch.device) -> None:
         self._k = num_modules
         # Rows: steps, loss, penalty, right predictions, predictions; the epoch's, the window's.
-        self._sums = torch.zeros(2, 5, num_modules, dtype=torch.float64, device=device)
-        self._step = torch.zeros(5, num_modules, dtype=torch.float64, device=device)
+        # (MPS has no float64.)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, 5, num_modules, dtype=dtype, device=device)
+        self._step = torch.zeros(5, num_modules, dtype=dtype, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._has_hits = [False] * num_modules
         self._has_penalty = [False] * num_modules
@@ -90,7 +92,7 @@ class LocalMetrics:
             self._first_bad.fill_(-1)
             raise FloatingPointError(
                 f"The loss of local module {first % self._k} of {self._k} was NaN or infinite in "
-                f"batch {first // self._k} of this fit, and no earlier one was: lower the learning "
+                f"batch {first // self._k} (counted from 0), the first such loss: lower the learning "
                 "rate, clip gradients with Trainer(gradient_clip_val=...), or look at the input "
                 "with Trainer(detect_anomaly=True)."
             )

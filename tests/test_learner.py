@@ -124,7 +124,7 @@ def test_it_is_left_clean_after_an_exception_too(quiet):
     learner = greedy(Raises())
     trainer = L.Trainer(max_epochs=1, gradient_clip_val=0.5, accumulate_grad_batches=2, **quiet)
     with pytest.raises(RuntimeError, match="mine"):
-        trainer.fit(learner, data())
+        trainer.fit(learner, data(), data(shuffle=False))
     assert "log" not in vars(learner.module)
     assert (trainer.gradient_clip_val, trainer.accumulate_grad_batches) == (0.5, 2)
 
@@ -207,21 +207,22 @@ def test_a_dict_batch_and_a_dict_result(quiet):
 
     pairs = [{"image": x, "label": y} for x, y in data().dataset]
     learner = greedy(Dicts())
-    L.Trainer(max_epochs=1, **quiet).fit(learner, DataLoader(pairs, 16))
+    L.Trainer(max_epochs=1, **quiet).fit(learner, DataLoader(pairs, 16), DataLoader(pairs, 16))
     assert learner.num_modules == 4
 
 
 def test_a_batch_that_cannot_be_unpacked_is_named(quiet):
     triples = [(x, y, y) for x, y in data().dataset]
-    with pytest.raises(ValueError, match="tuple|list of 3"):
-        L.Trainer(max_epochs=1, **quiet).fit(greedy(Lit()), DataLoader(triples, 16))
+    with pytest.raises(ValueError, match="The batch is a list of 3"):
+        fit(greedy(Lit()), quiet, loader=DataLoader(triples, 16))
     learner = greedy(Lit(), unpack=lambda batch: (batch[0], batch[1]))
 
     def step(batch, batch_idx):
         return functional.cross_entropy(learner.module(batch[0]), batch[1])
 
     learner.module.training_step = step
-    L.Trainer(max_epochs=1, limit_val_batches=0, **quiet).fit(learner, DataLoader(triples, 16))
+    fit(learner, quiet, epochs=1, loader=DataLoader(triples, 16))
+    assert learner.num_modules == 4
 
 
 def test_parameters_outside_the_network_belong_to_the_last_module(quiet):
@@ -238,7 +239,7 @@ def test_parameters_outside_the_network_belong_to_the_last_module(quiet):
     fit(learner, quiet, epochs=1)
     bodies, _ = learner.parameters_per_module()
     assert learner.module.scale is bodies[-1][-1]
-    assert float(learner.module.scale) != 1.0
+    assert learner.module.scale.item() != 1.0
 
 
 def test_the_modules_own_forward_can_be_cut(quiet):

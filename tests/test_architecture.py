@@ -1,0 +1,138 @@
+"""The shape of the package: public names, who imports whom, sizes, what it says of itself."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import lightning_local
+from lightning_local import methods
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lightning_local"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+PUBLIC = {
+    "LocalCLI",
+    "LocalLearner",
+    "LocalSummary",
+    "Partition",
+    "couplings",
+    "heads",
+    "losses",
+    "methods",
+}
+# What a file may import besides torch and the standard library; a line may use all lines above it.
+LAYERS = [
+    {"tracing"},
+    {"body", "dryrun"},
+    {"units", "place", "layers"},
+    {"slicing", "augmented"},
+    {"partition", "message", "heads", "losses", "couplings", "local_module", "randomness"},
+    {"links"},
+    {"methods"},
+    {"hooks", "wrapping", "optim"},
+    {"build", "metrics", "state"},
+    {"callbacks", "loop"},
+    {"learner"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+TORCH_ONLY = set().union(*LAYERS[:7])
+
+
+def imported(path):
+    """Modules imported when the file is, as (package, room or None)."""
+    found = set()
+    body = ast.parse(path.read_text()).body
+    for node in body:
+        if isinstance(node, ast.Import):
+            found |= {(alias.name.split(".")[0], None) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".")
+            if parts[0] != "lightning_local":
+                found.add((parts[0], None))
+            elif len(parts) > 1:
+                found.add((parts[0], parts[1]))
+            else:
+                found |= {(parts[0], alias.name) for alias in node.names}
+    return found
+
+
+def room(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def test_public_names_are_frozen():
+    assert set(lightning_local.__all__) == PUBLIC
+    assert len(PUBLIC) <= 12
+    for name in PUBLIC:
+        assert getattr(lightning_local, name) is not None
+
+
+def test_every_room_has_a_layer():
+    assert {room(path) for path in FILES} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own = room(path)
+    level = next(i for i, names in enumerate(LAYERS) if own in names)
+    allowed = set().union(*LAYERS[: level + 1])
+    for package, target in imported(path):
+        if package == "lightning_local":
+            assert target in allowed, f"{own} imports {target}"
+        elif own in TORCH_ONLY:
+            assert package not in {"lightning", "lightning_utilities", "torchmetrics"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_budgets(path):
+    lines = len(path.read_text().splitlines())
+    preset = path.parent.name == "methods" and path.name not in ("__init__.py", "base.py")
+    assert lines <= (120 if preset else 300)
+
+
+def test_every_preset_file_is_in_the_table():
+    files = {p.stem for p in (PACKAGE / "methods").glob("*.py")} - {"__init__", "base"}
+    listed = {cls.__module__.rpartition(".")[2] for cls in methods.METHODS.values()}
+    assert files == listed
+    assert all(name == cls.__name__ for name, cls in methods.METHODS.items())
+
+
+def test_presets_override_nothing():
+    for cls in methods.METHODS.values():
+        assert set(vars(cls)) <= {"__init__", "__doc__", "__module__", "__firstlineno__"} | {
+            "__static_attributes__"
+        }
+
+
+def test_no_drawers_and_no_asserts_on_users_input():
+    assert not {"utils", "core", "common", "misc"} & {path.stem for path in FILES}
+    for path in FILES:
+        assert "NotImplementedError" not in path.read_text()
+
+
+def test_every_docstring_example_runs():
+    import doctest
+    import importlib
+    import pkgutil
+
+    count = 0
+    for info in pkgutil.walk_packages(lightning_local.__path__, "lightning_local."):
+        if info.name.endswith("__main__"):
+            continue
+        result = doctest.testmod(importlib.import_module(info.name))
+        assert result.failed == 0, info.name
+        count += result.attempted
+    assert count >= 8
+
+
+def test_no_absolute_path_of_a_machine():
+    places = [*FILES, *(ROOT / "examples").rglob("*.*"), *ROOT.glob("*.md"), *ROOT.glob("*.cfg")]
+    pattern = re.compile(r"(?<![\w.])/(home|root|work|Users|mnt)/\w")
+    for path in places:
+        if path.suffix in (".py", ".md", ".yaml", ".cfg", ".toml"):
+            assert not pattern.search(path.read_text()), path
