@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-__all__ = ["HOOKS", "call_hook", "check_module", "forward_hooks"]
+__all__ = ["HOOKS", "call_hook", "check_module", "check_trainer", "forward_hooks"]
 
 # Hooks that go to the user's module as they are; those the learner has work of its own in are
 # called from there.
@@ -98,6 +98,24 @@ def check_module(module: Any) -> None:
         raise ValueError(
             f"training_step of {type(module).__name__} takes dataloader_iter; local modules need "
             "the batch: take (batch, batch_idx)."
+        )
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuses strategies under which the updates would be wrong or part ways.
+
+    Raises:
+        ValueError: More than one process, or a strategy that owns the optimizer.
+    """
+    strategy = type(trainer.strategy).__name__
+    if trainer.world_size > 1 or strategy not in (
+        "SingleDeviceStrategy",
+        "SingleDeviceXLAStrategy",
+    ):
+        raise ValueError(
+            f"LocalLearner runs backward and step per local module, which {strategy} on "
+            f"{trainer.world_size} processes does not expect: pass Trainer(devices=1), without a "
+            "strategy."
         )
 
 

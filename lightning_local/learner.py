@@ -20,7 +20,7 @@ from lightning_local import optim, state
 from lightning_local.build import example_inputs, make_local_modules
 from lightning_local.callbacks import LocalSummary, Restore
 from lightning_local.couplings import Isolated
-from lightning_local.hooks import call_hook, check_module, forward_hooks
+from lightning_local.hooks import call_hook, check_module, check_trainer, forward_hooks
 from lightning_local.links import InProcessLinks, Links
 from lightning_local.local_module import LocalModule
 from lightning_local.loop import TrainingLoop
@@ -166,6 +166,7 @@ class LocalLearner(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Cuts the network and makes the heads, before weights and optimizers are restored."""
         self.flags.give_back(self.trainer)
+        check_trainer(self.trainer)
         self.module.__dict__["log"] = self.log
         call_hook(self.module, "setup", stage)
         if not is_overridden("configure_model", self.module):

@@ -25,8 +25,10 @@ COUPLINGS = {
     "isolated": couplings.Isolated(),
     "link": couplings.BackwardLink(),
     "tail": couplings.BackwardLink(length=1),
+    "none": couplings.BackwardLink(length=0),
     "sgr": couplings.GradientReconciliation(0.05),
 }
+LINKED = ("link", "tail", "none")
 SIZES = [2, 2, 1]  # units of Cnn's three local modules
 
 
@@ -107,7 +109,7 @@ def test_messages_carry_no_graph(name: str) -> None:
         assert not any(value.requires_grad or value.grad_fn for value in tensors)
         if gradient is not None:
             assert gradient.shape == message.values[0].shape
-    assert len(spy.errors) == (2 * 2 if name in ("link", "tail") else 0)
+    assert len(spy.errors) == (2 * 2 if name in LINKED else 0)
     assert not any(error.requires_grad for error in spy.errors)
 
 
@@ -119,7 +121,7 @@ def test_gradients_exist_in_one_module_only(name: str) -> None:
     run(learner, batches(Cnn, 2), callbacks=[steps])
     assert steps.order == [0, 1, 2] * 2
     assert steps.left == [{}, {}], "gradients stay after the step"
-    linked = name in ("link", "tail")
+    linked = name in LINKED
     for k in range(3):
         own = names_of(learner, k) | head_of(learner, k)
         # A linked module waits for its successor's own backward, so both have gradients then.
@@ -130,7 +132,7 @@ def test_gradients_exist_in_one_module_only(name: str) -> None:
     assert set(spy.before_link) == ({0, 1} if linked else set())
 
 
-@pytest.mark.parametrize(("name", "length"), [("link", None), ("tail", 1)])
+@pytest.mark.parametrize(("name", "length"), [("link", None), ("tail", 1), ("none", 0)])
 def test_a_link_reaches_the_tail_of_one_body(name: str, length: int | None) -> None:
     learner = cnn_learner(COUPLINGS[name])
     learner.links = spy = Spy(learner)
@@ -164,8 +166,7 @@ class Graphs:
         self.current: tuple[int, str] | None = None
         self.boxes: list[tuple[tuple[int, str], weakref.ref[Any]]] = []
         self.alive_at_start: list[set[tuple[int, str]]] = []
-        self.most: set[int] = set()
-        self.pairs: set[tuple[int, ...]] = set()
+                self.pairs: set[tuple[int, ...]] = set()
         for k, module in enumerate(learner.local_modules):
             module.register_forward_pre_hook(self._starts(k))
             if module.head is not None:
@@ -219,7 +220,7 @@ def test_at_most_one_or_two_graphs_are_alive(name: str, network: type[nn.Module]
         run(learner, batches(network, 2))
     count = learner.num_modules
     assert count >= 4
-    linked = name in ("link", "tail")
+    linked = name in LINKED
     expected = {(k,) for k in range(count)}
     if linked:
         # Module k's graph waits for k + 1, and is gone before k + 2 starts.

@@ -1,4 +1,4 @@
-"""What the Trainer counts, schedules, clips, logs and saves is what it does for the plain module."""
+"""What the Trainer counts, schedules, clips, logs and saves: as for the plain module."""
 
 import lightning as L
 import pytest
@@ -295,3 +295,13 @@ def test_smoke_of_options(tmp_path, quiet):
     L.Trainer(max_epochs=1, barebones=True, accelerator="cpu").fit(
         wrap("units")(Lit()), data(), data(shuffle=False)
     )
+
+
+def test_plain_data_parallel_is_refused(quiet):
+    from lightning_local.hooks import check_trainer
+
+    check_trainer(L.Trainer(**quiet))
+    for strategy, devices in (("ddp", 1), ("ddp", 2)):
+        trainer = L.Trainer(**{**quiet, "devices": devices}, strategy=strategy)
+        with pytest.raises(ValueError, match="which DDPStrategy on . processes does not expect"):
+            check_trainer(trainer)
