@@ -94,7 +94,7 @@ class LocalSummary(pl.Callback):
             names = [row[1] for row in _rows(_learner(pl_module))]
             _print_table(
                 "Validation accuracy of each local module",
-                ["k", "cut after", "accuracy"],
+                ["module", "cut after", "accuracy"],
                 [[f"{k:02d}", names[k], f"{a:.2%}"] for k, a in enumerate(self.accuracies)],
             )
 

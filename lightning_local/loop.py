@@ -144,6 +144,8 @@ class TrainingLoop:
                 output = network.output
             else:
                 hidden, *carried = module(*values)
+                if self.coupling.needs_input_gradient and not hidden.requires_grad:
+                    hidden.requires_grad_()  # a frozen body; its head's gradient is still asked for
                 output = module.predict(hidden)
                 assert module.objective is not None
                 loss = module.objective(output, hidden, message.target)

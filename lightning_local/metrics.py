@@ -92,9 +92,9 @@ class LocalMetrics:
             self._first_bad.fill_(-1)
             raise FloatingPointError(
                 f"The loss of local module {first % self._k} of {self._k} was NaN or infinite in "
-                f"batch {first // self._k} (counted from 0), the first such loss: lower the learning "
-                "rate, clip gradients with Trainer(gradient_clip_val=...), or look at the input "
-                "with Trainer(detect_anomaly=True)."
+                f"batch {first // self._k} (counted from 0), the first such one: lower the "
+                "learning rate, clip gradients with Trainer(gradient_clip_val=...), or look at the "
+                "input with Trainer(detect_anomaly=True)."
             )
 
     def read(self, epoch: bool = False) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 import logging
 import os
 import threading
-import warnings
 
 import lightning as L
 import pytest

@@ -166,7 +166,7 @@ class Graphs:
         self.current: tuple[int, str] | None = None
         self.boxes: list[tuple[tuple[int, str], weakref.ref[Any]]] = []
         self.alive_at_start: list[set[tuple[int, str]]] = []
-                self.pairs: set[tuple[int, ...]] = set()
+        self.pairs: set[tuple[int, ...]] = set()
         for k, module in enumerate(learner.local_modules):
             module.register_forward_pre_hook(self._starts(k))
             if module.head is not None:

@@ -166,6 +166,22 @@ CASES = [
     Case("linear-sgr", Cnn, methods.Greedy(coupling=Reconcile(SGR_WEIGHT)), [2, 2, 1], sgr(), 3),
     Case("linear-link-mlp", Mlp, methods.BackLink(head=heads.Linear()), [2, 2], link(), 2),
     Case("linear-sgr-mlp", Mlp, sgr_method(head=heads.Linear()), [2, 2], sgr(), 2),
+    # a head that begins by overwriting the hidden state, which the next body needs as it was
+    *(
+        Case(
+            f"overwriting-head-{how.kind}",
+            PreAct,
+            methods.AugLocal(depth=1, coupling=coupling),
+            [3, 1],
+            how,
+            ["blocks.2"],
+        )
+        for coupling, how in (
+            (couplings.Isolated(), Coupling()),
+            (Link(), link()),
+            (Reconcile(SGR_WEIGHT), sgr()),
+        )
+    ),
     # frozen units: one, or all of a module
     *(
         Case(f"frozen-{name}-{'-'.join(map(str, units))}", Cnn, method, [2, 2, 1], how, 3, units)

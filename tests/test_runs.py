@@ -68,3 +68,18 @@ def test_heads_made_by_the_fit_are_those_made_before_it() -> None:
     assert set(built.state_dict()) == set(unbuilt.state_dict())
     for name, value in built.state_dict().items():
         assert torch.equal(value, unbuilt.state_dict()[name]), name
+
+
+def test_reconciliation_brings_gradients_together() -> None:
+    """R falls while the loss still does, and further than without the penalty."""
+    ends = []
+    for weight in (0.0, 1.0):
+        method = methods.SGR(weight=weight, distance="cosine")
+        learner = learner_of(make(Cnn, lr=0.03), method, 2)
+        logged = fit(learner, batches(Cnn, 4, size=16) * 8).logged
+        losses = [step["local/01/loss"] for step in logged]
+        distances = [step["local/01/reconciliation"] * step["local/01/loss"] for step in logged]
+        assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+        assert sum(distances[-4:]) < sum(distances[:4])
+        ends.append(sum(distances[-4:]))
+    assert ends[1] < 0.8 * ends[0], ends
