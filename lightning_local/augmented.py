@@ -149,7 +149,7 @@ def _residual_width(unit: Unit) -> int | None:
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
     ]
     plain = all(conv.kernel_size == (3, 3) and conv.groups == 1 for conv in wide)
-    maps = len(unit.input.space) == 2 and unit.input.channel_dim == 1
+    maps = unit.input is not None and len(unit.input.space) == 2 and unit.input.channel_dim == 1
     return wide[-1].out_channels if len(wide) == 2 and plain and maps else None
 
 
@@ -184,11 +184,13 @@ def build_augmented(place: Place, depth: int, *, fresh: bool, copy: bool) -> nn.
             form, width_before = Boundary((width, *space), 1), width
             continue
         _check_copy(unit, place)
+        assert unit.input is not None
         if form != unit.input:
             layers.append(Adapter(form, unit.input))
         layers.append(UnitCopy(unit.body, fresh))
-        if unit.output is None:
+        if unit.last:
             return nn.Sequential(*layers)
+        assert unit.output is not None
         form, halvings, width_before = unit.output, 0.0, unit.output.channels
     layers.append(Pool(form.channel_dim, place.pools))
     if depth <= 1 and place.pools and all(width is not None for width in widths):
@@ -203,7 +205,12 @@ def _check_copy(unit: Unit, place: Place) -> None:
             "heads.Augmented can't imitate a unit that takes more than the hidden state (masks, "
             "sizes that ride along): use heads.Conv or heads.Linear for this network."
         )
-    if unit.output is None and unit.body.out_features not in (None, place.out_features):
+    if unit.input is None or (unit.output is None and not unit.last):
+        raise ValueError(
+            "heads.Augmented can't imitate a unit of which it is not clear where its channels are: "
+            "say so with Partition(layout=...), or use heads.Conv or heads.Linear."
+        )
+    if unit.last and unit.body.out_features not in (None, place.out_features):
         raise ValueError(
             f"heads.Augmented copies the network's classifier, which returns "
             f"{unit.body.out_features} features, but out_features={place.out_features}: leave "

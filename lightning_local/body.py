@@ -120,7 +120,7 @@ class Body(nn.Module):
         buffers: Names of the buffers it owns.
         used: Paths of the modules, parameters and buffers its code reads.
         opened: Paths of the modules that tracing went through.
-        units: Parameter names of each unit (or piece of a unit) inside, in order.
+        units: What each unit (or piece of a unit) inside reads, in order; paths as in `used`.
 
     Attributes:
         in_place: Whether its first operation changes the hidden state it receives in place.
@@ -192,9 +192,28 @@ class Body(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The network's own parameters that belong to this body, under the network's names."""
-        network = self._network[0]
-        for name in self.parameter_names:
-            yield (f"{prefix}.{name}" if prefix else name), network.get_parameter(name)
+        network, seen = self._network[0], set()
+        for name in self._current():
+            parameter = network.get_parameter(name)
+            if not remove_duplicate or id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{prefix}.{name}" if prefix else name), parameter
+
+    def _current(self) -> list[str]:
+        """Names of the parameters, of layers that were replaced too."""
+        names = []
+        for path in self.used:
+            original = self.original(path)
+            if isinstance(original, nn.Parameter):
+                names.append(path)
+            elif isinstance(original, nn.Module):
+                names += [f"{path}.{name}" for name, _ in original.named_parameters()]
+        used = [
+            n
+            for n in self.parameter_names
+            if any(n == p or n.startswith(p + ".") for p in self.used)
+        ]
+        return names + [n for n in self.parameter_names if n not in used]
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -207,6 +226,9 @@ class Body(nn.Module):
     def tail(self, length: int | None) -> list[nn.Parameter]:
         """Parameters of the last `length` units that are trained; None means the whole body."""
         units = self.units if length is None else self.units[max(0, len(self.units) - length) :]
-        network = self._network[0]
-        parameters = [network.get_parameter(name) for unit in units for name in unit]
-        return [parameter for parameter in parameters if parameter.requires_grad]
+        found: dict[int, nn.Parameter] = {}
+        for path in (path for unit in units for path in unit):
+            original = self.original(path)
+            inside = original.parameters() if isinstance(original, nn.Module) else [original]
+            found |= {id(p): p for p in inside if isinstance(p, nn.Parameter)}
+        return [parameter for parameter in found.values() if parameter.requires_grad]

@@ -94,7 +94,12 @@ def make_local_modules(
     features, pools = _output_form(cutting.output, out_features, name)
     dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
     units = [
-        Unit(body, cutting.unit_boundaries[u - 1], (*cutting.unit_boundaries, None)[u])
+        Unit(
+            body,
+            cutting.unit_boundaries[u - 1],
+            (*cutting.unit_boundaries, None)[u],
+            last=u == len(cutting.units) - 1,
+        )
         for u, body in enumerate(cutting.units)
         if u > 0
     ]

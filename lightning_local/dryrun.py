@@ -13,23 +13,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_local.tracing import Trace, training_mode
+from lightning_local.preserving import attributes_kept, training_mode
+from lightning_local.tracing import Trace
 
-__all__ = ["Boundary", "Values", "boundary", "on_fakes", "run_values"]
+__all__ = ["Boundary", "Values", "boundary", "check_composition", "on_fakes", "run_values"]
 
-_UNSUPPORTED = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 _CHANNEL_FIRST = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._BatchNorm,
@@ -103,10 +95,16 @@ def on_fakes(
         inputs: Real inputs; a batch of one sample is doubled, as BatchNorm needs two.
         training: The mode to run in.
     """
-    inputs = [_two_samples(value) for value in inputs]
+    if isinstance(inputs[0], torch.Tensor) and inputs[0].shape[:1] == (1,):
+        inputs = [_two_samples(value) for value in inputs]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with mode, training_mode(network, training), torch.random.fork_rng(devices=[]):
+        with (
+            attributes_kept(network),
+            mode,
+            training_mode(network, training),
+            torch.random.fork_rng(devices=[]),
+        ):
             host = _Host(network, function)
             tensors = {**dict(host.named_parameters()), **dict(host.named_buffers())}
             fakes: dict[str, torch.Tensor] = {
@@ -116,7 +114,7 @@ def on_fakes(
                 mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs
             )
             return torch.func.functional_call(host, fakes, arguments)
-    except _UNSUPPORTED:
+    except Exception:  # whatever fakes can't run may still run
         real = copy.deepcopy(network)
         with training_mode(real, training), torch.random.fork_rng():
             return function(real, *inputs)
@@ -193,7 +191,20 @@ def boundary(trace: Trace, values: Values, i: int, name: str, layout: str = "aut
     """
     node = trace.hidden(i)
     assert node is not None
-    shape = tuple(values.nodes[node].shape)
+    hidden = values.nodes[node]
+    if not isinstance(hidden, torch.Tensor):
+        raise ValueError(
+            f"What crosses the cut after `{name}` is a {type(hidden).__name__}, but a hidden state "
+            "is one tensor: cut elsewhere, or keep the modules around it whole."
+        )
+    shape = tuple(hidden.shape)
+    inputs = [values.nodes[n] for n in trace.nodes if n.op == "placeholder"]
+    batch = next((v.shape[0] for v in inputs if isinstance(v, torch.Tensor) and v.ndim), None)
+    if batch is not None and shape[:1] != (batch,):
+        raise ValueError(
+            f"The hidden state after `{name}` has shape {shape} for a batch of {batch}: its first "
+            "dimension has to be the batch (batch_first=True in torch's layers). Cut elsewhere."
+        )
     if layout != "auto":
         channel_dim = 1 if layout == "channels_first" else len(shape) - 1
         return Boundary(shape[1:], channel_dim)
@@ -212,3 +223,49 @@ def boundary(trace: Trace, values: Values, i: int, name: str, layout: str = "aut
             "Partition(layout='channels_first') or Partition(layout='channels_last')."
         )
     return Boundary(shape[1:], dims.pop())
+
+
+class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def check_composition(network: nn.Module, bodies: Any, inputs: Sequence[Any]) -> None:
+    """The chained bodies have to run the same operations as the network.
+
+    Raises:
+        ValueError: They don't.
+    """
+
+    def whole(host: nn.Module, *values: Any) -> list[str]:
+        log = _Log()
+        with log:
+            host(*values)
+        return log.operations
+
+    def chained(host: nn.Module, *values: Any) -> list[str]:
+        log = _Log()
+        with log:
+            for body in bodies:
+                values = body.codes[host.training].function(host, *values)
+        return log.operations
+
+    one_code = all(body.codes[True].source == body.codes[False].source for body in bodies)
+    for training in (True,) if one_code else (True, False):
+        expected = on_fakes(network, whole, inputs, training)
+        found = on_fakes(network, chained, inputs, training)
+        if expected != found:
+            pairs = zip(expected, found, strict=False)
+            parting = next(((a, b) for a, b in pairs if a != b), ("one more", "one more"))
+            raise ValueError(
+                f"Traced, {type(network).__name__} runs other operations than by itself "
+                f"({parting[1]} instead of {parting[0]}): its forward asks for types or other "
+                "things that tracing can't follow. Move that code into a submodule of its own."
+            )

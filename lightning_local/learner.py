@@ -5,6 +5,7 @@ Here: arguments, hooks, what the Trainer asks for. The training loop itself is i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ class LocalLearner(pl.LightningModule):
         forward_hooks(self, module)
         for name in ("validation_step", "test_step"):
             if is_overridden(name, module):
-                setattr(self, name, after_heads(self, getattr(module, name)))
+                setattr(self, name, functools.partial(after_heads, self, name))
 
     @property
     def network(self) -> nn.Module:

@@ -6,8 +6,6 @@ before `log_every_n_steps`, the end of an epoch, or a checkpoint.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,16 +139,11 @@ class HeadAccuracy:
         return self._counts[0].double() / self._counts[1]
 
 
-def after_heads(learner: LocalLearner, step: Callable[..., Any]) -> Callable[..., Any]:
+def after_heads(learner: LocalLearner, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """The user's evaluation step, behind the chain of bodies and heads if somebody counts them."""
-
-    @functools.wraps(step)
-    def run(batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if learner.head_accuracy is not None:
-            _run_heads(learner, learner.head_accuracy, batch)
-        return step(batch, *args, **kwargs)
-
-    return run
+    if learner.head_accuracy is not None:
+        _run_heads(learner, learner.head_accuracy, batch)
+    return getattr(learner.module, name)(batch, *args, **kwargs)
 
 
 @torch.no_grad()

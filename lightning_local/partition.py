@@ -9,18 +9,19 @@ Legend: n units, K local modules; a split point is the name of a submodule after
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_local.body import Body
-from lightning_local.dryrun import Boundary, boundary, run_values
+from lightning_local.dryrun import Boundary, boundary, check_composition, run_values
 from lightning_local.slicing import place, slices
 from lightning_local.tracing import trace
-from lightning_local.units import find_units, opens_candidates
+from lightning_local.units import find_units, has_hooks, opens_candidates
 
 __all__ = ["Cutting", "Partition", "check_names", "choose_points", "cut_network"]
 
@@ -64,8 +65,13 @@ class Partition:
                 raise ValueError(
                     f"Partition({name}={value!r}) is not known: pass one of {allowed}."
                 )
+        for name, names in (("split_points", self.split_points or ()), ("leaves", self.leaves)):
+            if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+                raise TypeError(f"Partition({name}={names!r}): pass a list of names of submodules.")
         if self.num_modules is not None and (
-            isinstance(self.num_modules, bool) or self.num_modules < 1
+            isinstance(self.num_modules, bool)
+            or not isinstance(self.num_modules, int)
+            or self.num_modules < 1
         ):
             raise ValueError(
                 f"Partition(num_modules={self.num_modules!r}): a network is cut into 1 (end to "
@@ -100,7 +106,7 @@ class Partition:
             return Partition()
         if isinstance(request, int):
             return Partition(num_modules=request)
-        if not all(isinstance(point, str) for point in request):
+        if not isinstance(request, Sequence) or not all(isinstance(p, str) for p in request):
             raise TypeError(f"partition={request!r}: split points are names of submodules (str).")
         return Partition(split_points=list(request))
 
@@ -115,9 +121,10 @@ class Cutting:
         boundaries: The form of the hidden state after each body but the last.
         unit_points: Names after which the units end, all but the last unit.
         units: One body per unit, for heads that imitate later units.
-        unit_boundaries: The form of what each unit returns, for all but the last unit.
+        unit_boundaries: The form of what each unit returns, for all but the last unit; None where
+            it is not clear.
         last_unit: For each body the index of the last unit that has a part in it.
-        output: What the network returns: a fake tensor, or a structure of them.
+        output: What the network returns: a tensor without data, or a structure of them.
     """
 
     split_points: tuple[str, ...]
@@ -125,7 +132,7 @@ class Cutting:
     boundaries: tuple[Boundary, ...]
     unit_points: tuple[str, ...]
     units: tuple[Body, ...]
-    unit_boundaries: tuple[Boundary, ...]
+    unit_boundaries: tuple[Boundary | None, ...]
     last_unit: tuple[int, ...]
     output: Any
 
@@ -144,28 +151,26 @@ def check_names(network: nn.Module, request: Partition, name: str) -> None:
     known = {path for path, _ in network.named_modules() if path}
     for path in (*(request.split_points or ()), *request.leaves):
         if path not in known:
-            raise _unknown(network, path)
+            kind = "Leaf" if path in request.leaves else "Split point"
+            raise _unknown(network, path, kind)
+    for point in request.split_points or ():
+        for leaf in request.leaves:
+            if point.startswith(leaf + "."):
+                raise ValueError(f"Split point `{point}` lies in `{leaf}`, one of the leaves.")
 
 
-def _unknown(network: nn.Module, point: str) -> ValueError:
+def _unknown(network: nn.Module, point: str, kind: str) -> ValueError:
     names = [name for name, _ in network.named_modules() if name]
     close = difflib.get_close_matches(point, names, n=3) or names[:3]
     return ValueError(
-        f"Split point `{point}` is no submodule of {type(network).__name__}; the closest names "
+        f"{kind} `{point}` is no submodule of {type(network).__name__}; the closest names "
         f"are: {', '.join(close)}."
     )
 
 
 def _check_hooks(network: nn.Module, opened: Iterable[str]) -> None:
     for path in opened:
-        module = network.get_submodule(path)
-        hooks = (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-        if any(hooks):
+        if has_hooks(network.get_submodule(path)):
             raise ValueError(
                 f"`{path or type(network).__name__}` has forward or backward hooks, and cuts lie "
                 "inside it, so that its hooks would never run: put them on a submodule that is not "
@@ -239,6 +244,7 @@ def cut_network(
         points = tuple(explicit)
     parts = [path.split(".") for path in (*unit_points, *points)]
     around = {".".join(part[:end]) for part in parts for end in range(1, len(part))}
+    _check_hooks(network, ["", *sorted(around)])
     traces = {
         mode: trace(
             network, lambda p, _: p in around, training=mode, num_inputs=len(inputs), strict=True
@@ -248,11 +254,11 @@ def cut_network(
     values = run_values(network, traces[True], inputs)
     places = [place(network, traces[True], p) for p in points]
     if places != sorted(set(places)):
+        ordered = dict(sorted(zip(places, points, strict=True)))
         raise ValueError(
             f"Split points {list(points)} are not in the order in which the network runs, or two "
-            f"name the same place: pass {[p for _, p in sorted(zip(places, points, strict=True))]}."
+            f"name the same place: pass {list(ordered.values())}."
         )
-    _check_hooks(network, traces[True].opened)
     unit_places = [place(network, traces[True], p) for p in unit_points]
     layout = request.layout
 
@@ -260,7 +266,8 @@ def cut_network(
         return boundary(traces[True], values, place(network, traces[True], point), point, layout)
 
     bodies = slices(network, traces, points, unit_points)
-    units = slices(network, traces, unit_points, unit_points)
+    units = slices(network, traces, unit_points, unit_points, exclusive=False)
+    check_composition(network, bodies, inputs)
     output = values.nodes[traces[True].nodes[-1]]
     if isinstance(output, torch.Tensor) and output.ndim > 1:
         bodies[-1].out_features = units[-1].out_features = output.shape[-1]
@@ -270,7 +277,17 @@ def cut_network(
         boundaries=tuple(form(p) for p in points),
         unit_points=tuple(unit_points),
         units=units,
-        unit_boundaries=tuple(form(p) for p in unit_points),
+        unit_boundaries=tuple(_form_or_none(form, p) for p in unit_points),
         last_unit=(*(sum(u < end for u in unit_places) for end in places), len(unit_points)),
-        output=output,
+        output=tree_map_only(
+            torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), output
+        ),
     )
+
+
+def _form_or_none(form: Callable[[str], Boundary], point: str) -> Boundary | None:
+    """The form at a unit's end, where nobody cuts: unclear is no error unless a head needs it."""
+    try:
+        return form(point)
+    except ValueError:
+        return None

@@ -17,13 +17,15 @@ class Unit:
 
     Attributes:
         body: Its code and the names of its parameters.
-        input: The form of the hidden state it takes.
-        output: The form of what it returns; None for the last unit.
+        input: The form of the hidden state it takes; None where it is not clear.
+        output: The form of what it returns; None for the last unit, or where it is not clear.
+        last: It is the network's last unit.
     """
 
     body: Body
-    input: Boundary
+    input: Boundary | None
     output: Boundary | None
+    last: bool = False
 
 
 @dataclass(frozen=True)

@@ -46,16 +46,32 @@ def place(network: nn.Module, traced: Trace, point: str) -> int:
             raise ValueError(
                 f"Nothing follows split point `{point}`, the end of the network: leave it out."
             )
+        if not any(traced.depends_on_parameters(n) for n in traced.nodes[:stop]):
+            raise ValueError(
+                f"Nothing before the cut after `{point}` has parameters, so there is nothing to "
+                "train there: cut later."
+            )
         feeders = ", ".join(f"`{name}`" for name in _feeders(traced, stop - 1))
         raise ValueError(
             f"The network can't be cut after `{point}`: more than one tensor would cross (results "
             f"of {feeders}). Cut before the paths part or after they join."
         )
+    if not any(
+        n.op == "get_attr"
+        and traced.depends_on_parameters(n)
+        or n.op == "call_module"
+        and traced.has_parameters(n)
+        for n in traced.nodes[found + 1 :]
+    ):
+        raise ValueError(
+            f"Nothing with parameters follows split point `{point}`, the end of the network: leave "
+            "it out."
+        )
     return found
 
 
 def _owners(
-    network: nn.Module, used: Sequence[Sequence[str]]
+    network: nn.Module, used: Sequence[Sequence[str]], exclusive: bool
 ) -> tuple[list[list[str]], list[list[str]]]:
     """Gives each parameter and buffer to one body; what no body uses belongs to the last one."""
     first: dict[int, tuple[int, str]] = {}
@@ -69,13 +85,13 @@ def _owners(
                 if path != name and not path.startswith(name + "."):
                     continue
                 owner, other = first.setdefault(id(parameter), (k, path))
-                if owner != k:
+                if owner != k and exclusive:
                     raise ValueError(
                         f"Parameter `{path}` is used on both sides of a cut (as `{other}` in local "
                         f"module {owner}, as `{path}` in {k}), and each local module has its own "
                         "optimizer. Untie it, or choose split points that keep its uses together."
                     )
-                if path not in parameters[k]:
+                if other == path or owner != k:
                     parameters[k].append(path)
             for path, buffer in named_buffers.items():
                 if path == name or path.startswith(name + "."):
@@ -91,7 +107,11 @@ def _owners(
 
 
 def slices(
-    network: nn.Module, traces: dict[bool, Trace], points: Sequence[str], unit_points: Sequence[str]
+    network: nn.Module,
+    traces: dict[bool, Trace],
+    points: Sequence[str],
+    unit_points: Sequence[str],
+    exclusive: bool = True,
 ) -> tuple[Body, ...]:
     """The network's bodies between `points`, each with its units' parameters."""
     ends = {
@@ -103,27 +123,30 @@ def slices(
         pair = [slice_code(t, *ends[mode][k : k + 2]) for mode, t in traces.items()]
         codes.append([code for code, _ in pair])
         used.append(list(dict.fromkeys(name for _, names in pair for name in names)))
-    parameters, buffers = _owners(network, used)
+    parameters, buffers = _owners(network, used, exclusive)
     unit_ends = [place(network, traces[True], p) for p in unit_points]
     bodies = []
     for k, (train, evaluation) in enumerate(codes):
         start, stop = ends[True][k : k + 2]
         cuts = [start, *(u for u in unit_ends if start < u < stop), stop]
-        units: list[list[str]] = [[] for _ in cuts[1:]]
-        seen: list[set[str]] = [set(slice_code(traces[True], a, b)[1]) for a, b in _pairs(cuts)]
-        for name in parameters[k]:
-            users = [u for u, names in enumerate(seen) if any(_within(name, n) for n in names)]
-            units[users[0] if users else -1].append(name)
-        opened = traces[True].opened
+        units = [slice_code(traces[True], a, b)[1] for a, b in _pairs(cuts)]
+        opened = _modal_scopes(traces, {m: ends[m][k : k + 2] for m in traces})
         body = Body(network, train, evaluation, parameters[k], buffers[k], used[k], opened, units)
         body.num_carried = len(traces[True].alive(start)) - 1 if start >= 0 else 0
         bodies.append(body)
     return tuple(bodies)
 
 
+def _modal_scopes(traces: dict[bool, Trace], ends: dict[bool, list[int]]) -> list[str]:
+    """Modules whose own glue in this slice differs between train and eval mode."""
+    glue: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
+    for mode, traced in traces.items():
+        start, stop = ends[mode]
+        for node in traced.nodes[start + 1 : stop + 1]:
+            form = f"{node.op} {node.target} {node.args} {node.kwargs}"
+            glue[mode].setdefault(traced.scopes[node], []).append(form)
+    return [s for s in {**glue[True], **glue[False]} if glue[True].get(s) != glue[False].get(s)]
+
+
 def _pairs(ends: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(ends[:-1], ends[1:], strict=True))
-
-
-def _within(name: str, path: str) -> bool:
-    return name == path or name.startswith(path + ".")

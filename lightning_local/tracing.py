@@ -12,24 +12,26 @@ else that is alive (inputs, masks, sizes) rides along.
 from __future__ import annotations
 
 import inspect
+import random
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
-__all__ = ["Trace", "TraceError", "trace", "training_mode"]
+from lightning_local.factories import factories_recorded
+from lightning_local.preserving import attributes_of, restore_attributes, training_mode
 
-# Called during tracing these would run once and be frozen; as graph nodes they run in every step.
-_FACTORY_NAMES = (
-    "arange bernoulli empty eye full linspace logspace normal ones rand randint randn randperm "
-    "tensor tril_indices triu_indices zeros"
-)
-_FACTORIES = {getattr(torch, name) for name in _FACTORY_NAMES.split()}
+__all__ = ["Trace", "TraceError", "trace"]
+
+# They take the form of their argument, not its values.
+_FORM_METHODS = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
+_FORM_FUNCTIONS = {
+    getattr(torch, f"{name}_like")
+    for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")
+}
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "get_device", "element_size", "stride"}
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"}
 
@@ -82,7 +84,7 @@ class Trace:
         self._depends = self._dependence(parameters)
 
     def _dependence(self, parameters: set[str]) -> set[fx.Node]:
-        owners = {name.rpartition(".")[0] for name in parameters}
+        self._owners = owners = {name.rpartition(".")[0] for name in parameters}
         depends: set[fx.Node] = set()
         for node in self.nodes:
             if node.op == "get_attr":
@@ -90,13 +92,18 @@ class Trace:
             elif node.op == "call_module":
                 target = str(node.target)
                 own = any(o == target or o.startswith(target + ".") for o in owners)
-            elif _reads_size(node):
+            elif _reads_form(node):
                 continue
             else:
                 own = False
             if own or any(source in depends for source in node.all_input_nodes):
                 depends.add(node)
         return depends
+
+    def has_parameters(self, node: fx.Node) -> bool:
+        """Whether the module that the node calls has parameters."""
+        target = str(node.target)
+        return any(o == target or o.startswith(target + ".") for o in self._owners)
 
     def depends_on_parameters(self, node: fx.Node) -> bool:
         """Whether a weight of the network can change this value."""
@@ -116,9 +123,11 @@ class Trace:
         return crossing[0] if len(crossing) == 1 else None
 
 
-def _reads_size(node: fx.Node) -> bool:
+def _reads_form(node: fx.Node) -> bool:
     if node.op == "call_method":
-        return str(node.target) in _SIZE_METHODS
+        return str(node.target) in _SIZE_METHODS | _FORM_METHODS
+    if node.op == "call_function" and node.target in _FORM_FUNCTIONS:
+        return True
     return (
         node.op == "call_function"
         and node.target is getattr
@@ -127,31 +136,16 @@ def _reads_size(node: fx.Node) -> bool:
     )
 
 
-class _Factories(TorchFunctionMode):
-    def __init__(self, tracer: fx.Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in _FACTORIES:
-            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
 class _Tracer(fx.Tracer):
     """Opens the modules that `opens` names and remembers who made which node."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, opens: Callable[[str, nn.Module], bool]) -> None:
+    def __init__(self, opens: Callable[[str, nn.Module], bool], num_inputs: int) -> None:
         super().__init__()
         self.opens = opens
+        self.num_inputs = num_inputs
+        self.context = _context()
         self.stack: list[str] = [""]
         self.calls: list[Call] = []
         self.node_scopes: dict[fx.Node, str] = {}
@@ -160,7 +154,24 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self.opens(module_qualified_name, m)
 
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """One placeholder per input; Python fills in the defaults of the other arguments."""
+        parameters = list(inspect.signature(self.root.forward).parameters.values())
+        named = [
+            p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        names = [*named, *(f"input_{i}" for i in range(self.num_inputs))][: self.num_inputs]
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        return root_fn, [self.root, *proxies]
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _context() != self.context:
+            raise ValueError(
+                "glue under torch.no_grad or torch.autocast would run without it; use detach(), or "
+                "move it into a submodule"
+            )
         node = super().create_node(*args, **kwargs)
         self.node_scopes[node] = self.stack[-1]
         return node
@@ -182,38 +193,10 @@ class _Tracer(fx.Tracer):
         return out
 
 
-def _defaults(network: nn.Module, num_inputs: int) -> dict[str, Any]:
-    """Defaults of the arguments that the batch does not give; without them fx would trace them."""
-    parameters = [
-        p
-        for p in inspect.signature(network.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return {p.name: p.default for p in parameters[num_inputs:] if p.default is not p.empty}
-
-
-def _drop_default_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Removes the inputs that were fixed to their default, with fx's checks of their value."""
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and str(node.target) in names:
-            users = [node]
-            for user in users:
-                users.extend(u for u in user.users if u not in users)
-            for user in reversed(users):
-                if not user.users:
-                    graph.erase_node(user)
-
-
-@contextmanager
-def training_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Puts the network in train or eval mode and gives every module its own mode back."""
-    modes = {module: module.training for module in network.modules()}
-    network.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def _context() -> tuple[Any, ...]:
+    """What a context manager around glue changes, and a graph does not hold."""
+    kinds = ("cpu", "cuda")
+    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(kind) for kind in kinds)
 
 
 def _failing_line(error: BaseException) -> str:
@@ -250,17 +233,29 @@ def trace(
     Raises:
         TraceError: The network's own forward can't be followed; names the line and the remedy.
     """
+    try:
+        inspect.signature(network.forward).bind(*range(num_inputs))
+    except TypeError as error:
+        raise ValueError(
+            f"{num_inputs} inputs don't fit the forward of {type(network).__name__}: {error}."
+        ) from None
     opaque: set[str] = set()
     while True:
-        tracer = _Tracer(lambda path, module: path not in opaque and opens(path, module))
-        attributes = set(vars(network))
+        tracer = _Tracer(
+            lambda path, module: path not in opaque and opens(path, module), num_inputs
+        )
+        kept, draws = attributes_of(network), random.getstate()
         try:
-            with training_mode(network, training), _Factories(tracer):
-                defaults = _defaults(network, num_inputs)
-                graph = tracer.trace(network, concrete_args=defaults or None)
+            with training_mode(network, training), factories_recorded(tracer):
+                graph = tracer.trace(network)
+            if random.getstate() != draws:
+                raise ValueError("Python's random numbers would be drawn once only: use torch.rand")
+            changed = restore_attributes(kept)
+            if changed:
+                raise ValueError(f"the forward changes {', '.join(changed)}, which a body can't")
         except Exception as error:
-            for name in set(vars(network)) - attributes:
-                delattr(network, name)
+            random.setstate(draws)
+            restore_attributes(kept)
             if tracer.stack[-1] and not strict:
                 opaque.add(tracer.stack[-1])
                 continue
@@ -272,29 +267,6 @@ def trace(
                 "that is not cut is never traced), or train it as one module with partition=1."
             ) from error
         break
-    if constants := set(vars(network)) - attributes:
-        for name in constants:
-            delattr(network, name)
-        raise TraceError(
-            f"The forward of {type(network).__name__} makes a tensor that tracing can't reproduce "
-            f"({', '.join(sorted(constants))}): register it as a buffer, or move that code into a "
-            "submodule of its own."
-        )
-    _drop_default_inputs(graph, list(defaults))
     nodes = list(graph.nodes)
-    calls = _shift(tracer.calls, tracer.node_scopes, nodes)
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    return Trace(nodes, calls, tracer.node_scopes, tracer.opened, parameters)
-
-
-def _shift(calls: list[Call], scopes: dict[fx.Node, str], nodes: list[fx.Node]) -> list[Call]:
-    """Call positions after erased nodes are taken out (positions counted every node made)."""
-    alive = set(nodes)
-    made = list(scopes)
-    kept_before = [0]
-    for node in made:
-        kept_before.append(kept_before[-1] + (node in alive))
-    return [
-        Call(call.path, kept_before[call.start], kept_before[call.stop], call.leaf)
-        for call in calls
-    ]
+    return Trace(nodes, tracer.calls, tracer.node_scopes, tracer.opened, parameters)

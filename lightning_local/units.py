@@ -32,6 +32,18 @@ _WEIGHTED_FUNCTIONS = {
 }
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks hang on the module itself; they would not run if it were opened."""
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
+
+
 def _has_weight(module: nn.Module) -> bool:
     return any(
         parameter.ndim >= 2
@@ -64,7 +76,7 @@ def opens_candidates(
     blocks = _block_classes(network) if granularity == "blocks" else set()
 
     def opens(path: str, module: nn.Module) -> bool:
-        if path in leaves or type(module) in blocks:
+        if path in leaves or type(module) in blocks or has_hooks(module):
             return False
         held = next(module.children(), None) is not None
         return held and (isinstance(module, _CONTAINERS) or not _is_plain(module))
@@ -96,7 +108,9 @@ def cut_places(traced: Trace) -> dict[str, int | None]:
 def _is_glue(traced: Trace, node: fx.Node, path: str) -> bool:
     scope = traced.scopes[node]
     around = scope == "" or path.startswith(scope + ".")
-    own_call = node.op == "call_module" and traced.call_counts[str(node.target)] == 1
+    own_call = node.op == "call_module" and (
+        traced.call_counts[str(node.target)] == 1 or traced.has_parameters(node)
+    )
     return around and not own_call
 
 

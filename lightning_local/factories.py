@@ -1,0 +1,56 @@
+"""Functions that make tensors, while a network is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["factories_recorded"]
+
+# Called during tracing these would run once and be frozen; as graph nodes they run in every step.
+_FACTORY_NAMES = (
+    "arange bernoulli empty eye full linspace logspace normal ones rand randint randn randperm "
+    "tensor tril_indices triu_indices zeros"
+)
+_FACTORIES = {getattr(torch, name) for name in _FACTORY_NAMES.split()}
+
+
+class _Recorded(TorchFunctionMode):
+    def __init__(self, tracer: fx.Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _FACTORIES:
+            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def factories_recorded(tracer: fx.Tracer) -> Iterator[None]:
+    """Tensors made inside the block become graph nodes, so that they are made in every step."""
+    originals = {name: getattr(torch, name) for name in _FACTORY_NAMES.split()}
+
+    def recorded(function: Any) -> Any:
+        return lambda *args, **kwargs: tracer.create_proxy("call_function", function, args, kwargs)
+
+    try:
+        # The mode alone does not see a proxy among int sizes: torch's parser rejects it before.
+        for name, function in originals.items():
+            setattr(torch, name, recorded(function))
+        with _Recorded(tracer):
+            yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
