@@ -191,6 +191,8 @@ class GradientReconciliation(Coupling):
 
     J_k = l_k + weight * D(g_in(k), g_out(k-1)), k >= 2; g_out(k-1) arrives with the hidden state
     as a constant, so nothing flows back. Every formula here is reconstructed from summaries.
+    Attention runs with the plain kernel, since the fused ones have no second derivative: with it,
+    weight 0 equals greedy to rounding; without attention, bit for bit.
 
     Args:
         weight: Factor on the distance, 0 or more; 0 is greedy. No published value is known.
