@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -73,7 +74,6 @@ def make_local_modules(
     criterion: Any,
     out_features: int | None,
     seed: int,
-    split_points: Sequence[str] | None = None,
 ) -> tuple[Cutting, list[LocalModule]]:
     """Cuts the network and makes the heads.
 
@@ -89,8 +89,12 @@ def make_local_modules(
         inputs,
         tail_units=method.head.tail_units,
         name=name,
-        split_points=split_points,
     )
+    if len(cutting.bodies) == 1:
+        rank_zero_warn(
+            f"`{name}` has one unit, so it is trained end to end, without local modules: "
+            "Partition(granularity='finest') or explicit split points may cut it."
+        )
     features, pools = _output_form(cutting.output, out_features, name)
     dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
     units = [

@@ -218,7 +218,6 @@ def cut_network(
     *,
     tail_units: int = 0,
     name: str = "network",
-    split_points: Sequence[str] | None = None,
 ) -> Cutting:
     """Cuts a network.
 
@@ -228,20 +227,18 @@ def cut_network(
         inputs: Its positional inputs, for the dry run; real tensors of any batch size.
         tail_units: See `choose_points`.
         name: The network's name in errors.
-        split_points: Cut exactly here (from a checkpoint) instead of where `request` asks.
 
     Raises:
         ValueError: The network has no parameters, can't be traced, or can't be cut as asked.
     """
-    explicit = request.split_points if split_points is None else split_points
     check_names(network, request, name)
     opens = opens_candidates(network, request.leaves, request.granularity)
     coarse = trace(network, opens, training=True, num_inputs=len(inputs))
     unit_points = find_units(network, coarse, run_values(network, coarse, inputs))
-    if explicit is None:
+    if request.split_points is None:
         points = choose_points(unit_points, request, tail_units, name)
     else:
-        points = tuple(explicit)
+        points = tuple(request.split_points)
     parts = [path.split(".") for path in (*unit_points, *points)]
     around = {".".join(part[:end]) for part in parts for end in range(1, len(part))}
     _check_hooks(network, ["", *sorted(around)])

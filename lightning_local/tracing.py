@@ -78,6 +78,7 @@ class Trace:
         for call in calls:
             counts[call.path] = counts.get(call.path, 0) + 1
         self.call_counts = counts
+        self.cuts: dict[str, int | None] | None = None  # filled by `units.cut_places`
         self._last_use = {
             node: max((self.index[user] for user in node.users), default=-1) for node in nodes
         }

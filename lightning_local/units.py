@@ -90,7 +90,9 @@ def cut_places(traced: Trace) -> dict[str, int | None]:
     Glue behind a module (an activation function, a reshape) in the forward of a module around it
     belongs to it, so that one name means one place whatever else is cut.
     """
-    cuts: dict[str, int | None] = {}
+    if traced.cuts is not None:
+        return traced.cuts
+    cuts = traced.cuts = {}
     last = len(traced.nodes) - 1
     for call in traced.calls:
         if traced.call_counts[call.path] > 1:

@@ -105,9 +105,9 @@ def test_every_preset_file_is_in_the_table():
 
 def test_presets_override_nothing():
     for cls in methods.METHODS.values():
-        assert set(vars(cls)) <= {"__init__", "__doc__", "__module__", "__firstlineno__"} | {
-            "__static_attributes__"
-        }
+        own = {name for name in vars(cls) if not name.startswith("__")}
+        assert own == set()
+        assert not {"__call__", "__getattr__", "__new__"} & set(vars(cls))
 
 
 def test_no_drawers_and_no_asserts_on_users_input():

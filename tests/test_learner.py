@@ -379,3 +379,14 @@ def test_local_losses_are_logged_and_are_the_losses(tmp_path, quiet):
         assert float(row["local/03/loss"]) == pytest.approx(float(row["train/loss_step"]), 1e-5)
         assert float(row["local/01/reconciliation"]) > 0
         assert "local/00/reconciliation" not in row
+
+
+def test_a_network_of_one_unit_says_that_nothing_is_local(quiet):
+    class One(Lit):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)))
+
+    learner = greedy(One(), network="network")
+    with pytest.warns(UserWarning, match="`network` has one unit, so it is trained end to end"):
+        fit(learner, quiet, epochs=1)
+    assert learner.num_modules == 1

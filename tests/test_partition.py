@@ -142,7 +142,6 @@ def test_a_tail_that_leaves_nothing_names_the_depth_that_fits():
 def test_explicit_split_points_are_never_joined():
     assert cut(mlp(), ["2", "3"], tail_units=3).split_points == ("2", "3")
     assert cut(mlp(), "units", tail_units=3).split_points == ("0",)
-    assert cut(mlp(), 2, split_points=["3"]).split_points == ("3",)
 
 
 def test_more_local_modules_than_units():
