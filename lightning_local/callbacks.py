@@ -129,11 +129,13 @@ class Restore(pl.Callback):
 
     def _undo(self) -> None:
         if self._filter is not None and self._filter in warnings.filters:
+            # A list, though typed as a Sequence; Python has no call to take one out.
             list.remove(warnings.filters, self._filter)  # type: ignore[arg-type]
         self._filter = None
 
 
 def _learner(module: pl.LightningModule) -> LocalLearner:
+    # Here, since the learner imports this file: it adds a summary where none is given.
     from lightning_local.learner import LocalLearner
 
     if not isinstance(module, LocalLearner):

@@ -240,6 +240,7 @@ class GradientReconciliation(Coupling):
         sent: list[torch.Tensor] = []
         handle = None
         if work.hidden is not None:
+            # torch leaves register_hook untyped.
             handle = work.hidden.register_hook(sent.append)  # type: ignore[no-untyped-call]
         if work.input is None:
             loss, work.loss = work.loss, None

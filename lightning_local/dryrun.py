@@ -7,6 +7,7 @@ mode would move BatchNorm's running statistics.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_local.tracing import Trace
 
 __all__ = ["Boundary", "Values", "boundary", "check_composition", "on_fakes", "run_values"]
 
+_logger = logging.getLogger(__name__)
 _CHANNEL_FIRST = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._BatchNorm,
@@ -114,7 +116,8 @@ def on_fakes(
                 mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs
             )
             return torch.func.functional_call(host, fakes, arguments)
-    except Exception:  # whatever fakes can't run may still run
+    except Exception as error:  # whatever fakes can't run may still run
+        _logger.info("dry run on a real copy, since fake tensors gave: %s", error)
         real = copy.deepcopy(network)
         with training_mode(real, training), torch.random.fork_rng():
             return function(real, *inputs)
@@ -225,6 +228,7 @@ def boundary(trace: Trace, values: Values, i: int, name: str, layout: str = "aut
     return Boundary(shape[1:], dims.pop())
 
 
+# torch leaves TorchDispatchMode untyped, hence the two ignores.
 class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operations that run."""
 

@@ -142,16 +142,11 @@ class LocalLearner(pl.LightningModule):
         return self.module(*args, **kwargs)
 
     def configure_callbacks(self) -> Any:
-        """The user's callbacks, our summary, and the hand-over of the Trainer's flags.
-
-        Lightning refuses clipping and accumulation under manual optimization right after this
-        hook; the learner carries them out itself and puts the flags back in `setup`.
-        """
-        trainer = self.trainer
-        self.flags.take(trainer)
+        """The user's callbacks and ours; takes over the Trainer's flags (see `TrainerFlags`)."""
+        self.flags.take(self.trainer)
         own = call_hook(self.module, "configure_callbacks") or []
         callbacks = list(own) if isinstance(own, Sequence) else [own]
-        present = [*trainer.callbacks, *callbacks]  # type: ignore[attr-defined]
+        present = [*self._callbacks(), *callbacks]
         if not any(isinstance(callback, LocalSummary) for callback in present) and any(
             isinstance(callback, pl.callbacks.ModelSummary) for callback in present
         ):
@@ -159,6 +154,10 @@ class LocalLearner(pl.LightningModule):
         if not any(isinstance(callback, Restore) for callback in present):
             callbacks.append(Restore())
         return callbacks
+
+    def _callbacks(self) -> list[pl.Callback]:
+        # Lightning's connectors set it, out of mypy's sight.
+        return list(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def release(self) -> None:
         """Takes everything the run bound to the user's module off it again."""
@@ -188,7 +187,7 @@ class LocalLearner(pl.LightningModule):
     def _build(self, stage: str) -> None:
         wants_heads = stage == "fit" or any(
             isinstance(callback, LocalSummary) and callback.head_accuracy
-            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+            for callback in self._callbacks()
         )
         if self.num_modules == 1 or self.cutting is not None or not wants_heads:
             return

@@ -55,8 +55,10 @@ class TrainingLoop:
         self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+        # Lightning's connectors set it, out of mypy's sight.
         self._profiler = self.trainer.profiler  # type: ignore[attr-defined]
         self._names = [f"local/{k:02d}" for k in range(self.num_modules)]
+        self._modules = learner.modules_in_order()
         self._check_input = True
         self._result: Any = None
 
@@ -115,7 +117,7 @@ class TrainingLoop:
         learner = self.learner
         last = k == self.num_modules - 1
         values, leaf = message.values, None
-        module = learner.modules_in_order()[k] if self.num_modules > 1 else None
+        module = self._modules[k] if self.num_modules > 1 else None
         if k > 0 and self.coupling.needs_input_gradient:
             leaf = values[0].detach().requires_grad_()
             values = (leaf, *values[1:])
@@ -133,10 +135,9 @@ class TrainingLoop:
                 )
                 output = None
             elif last:
-                expected = as_inputs(learner.unpack(message.batch)[0])
-                network = Substitute(
-                    learner.network, lambda: module(*values), expected, self._check_input
-                )
+                first = self._check_input
+                expected = as_inputs(learner.unpack(message.batch)[0]) if first else ()
+                network = Substitute(learner.network, lambda: module(*values), expected, first)
                 with network.active():
                     loss, self._result = run_step(
                         learner.module.training_step, message.batch, message.batch_idx

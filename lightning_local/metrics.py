@@ -41,14 +41,15 @@ class LocalMetrics:
 
     def __init__(self, num_modules: int, device: torch.device) -> None:
         self._k = num_modules
-        # Rows: steps, loss, penalty, right predictions, predictions; the epoch's, the window's.
-        # (MPS has no float64.)
+        # Rows: steps, loss, penalty, right predictions, predictions; the epoch's, the window's
+        # (MPS has no float64).
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums = torch.zeros(2, 5, num_modules, dtype=dtype, device=device)
         self._step = torch.zeros(5, num_modules, dtype=dtype, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._has_hits = [False] * num_modules
-        self._has_penalty = [False] * num_modules
+        # Steps with a penalty, which `every` makes fewer; counted on the host, as rows of `_sums`.
+        self._penalties = [[0] * num_modules, [0] * num_modules]
 
     def update(
         self,
@@ -63,7 +64,8 @@ class LocalMetrics:
         self._step[1, k] = loss.detach()
         if penalty is not None:
             self._step[2, k] = penalty
-            self._has_penalty[k] = True
+            for counts in self._penalties:
+                counts[k] += 1
         found = _hits(output, target)
         if found is not None:
             self._step[3, k] = found[0]
@@ -99,20 +101,22 @@ class LocalMetrics:
         """Means over the window (or the epoch), and starts it anew.
 
         Returns:
-            `local/<k>/loss`, `/accuracy` where targets are class indices, `/reconciliation` (the
-            penalty over the loss) where the coupling has one; with `_epoch` behind for the epoch.
+            `local/<k>/loss`, `/accuracy` where targets are class indices, `/reconciliation` (mean
+            penalty over mean loss) where the coupling has one; for the epoch with `_epoch` behind.
         """
         row = 0 if epoch else 1
         steps, loss, penalty, hits, count = self._sums[row].clone()
         self._sums[row].zero_()
+        penalties, self._penalties[row] = self._penalties[row], [0] * self._k
         suffix = "_epoch" if epoch else ""
         values: dict[str, torch.Tensor] = {}
         for k in range(self._k):
             values[f"local/{k:02d}/loss{suffix}"] = (loss[k] / steps[k]).float()
             if self._has_hits[k]:
                 values[f"local/{k:02d}/accuracy{suffix}"] = (hits[k] / count[k]).float()
-            if self._has_penalty[k]:
-                values[f"local/{k:02d}/reconciliation{suffix}"] = (penalty[k] / loss[k]).float()
+            if penalties[k]:
+                ratio = (penalty[k] / penalties[k]) / (loss[k] / steps[k])
+                values[f"local/{k:02d}/reconciliation{suffix}"] = ratio.float()
         return values
 
 

@@ -151,6 +151,7 @@ def clone_per_module(
 
 def _track_steps(optimizer: Optimizer) -> None:
     """Lets schedulers see that the clone steps, as torch does when a scheduler is made for it."""
+    # What torch's schedulers hang on an optimizer themselves; no part of its types.
     step = type(optimizer).step
 
     def tracked(*args: Any, **kwargs: Any) -> Any:
@@ -210,6 +211,7 @@ def count_once(trainer: pl.Trainer, counted: int) -> None:
     (Lightning-AI/pytorch-lightning#17958); the loop hangs its counters on all optimizers at the
     start of each batch, so this runs in each batch too.
     """
+    # Lightning's connectors set it, out of mypy's sight.
     profiler = trainer.profiler  # type: ignore[attr-defined]
     for k, optimizer in enumerate(trainer.strategy._lightning_optimizers):
         if k != counted:

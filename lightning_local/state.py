@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
@@ -44,7 +43,6 @@ def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
         "num_modules": learner.num_modules,
         "split_points": list(learner.split_points),
         "streams": learner.streams.save(),
-        "global_rng": torch.get_rng_state(),
         "batches": learner.batches,
     }
 

@@ -45,7 +45,6 @@ class Call:
     """One call of a module: its path and the position of the first node after it returned."""
 
     path: str
-    start: int
     stop: int
     leaf: bool
 
@@ -85,14 +84,13 @@ class Trace:
         self._depends = self._dependence(parameters)
 
     def _dependence(self, parameters: set[str]) -> set[fx.Node]:
-        self._owners = owners = {name.rpartition(".")[0] for name in parameters}
+        self._owners = {name.rpartition(".")[0] for name in parameters}
         depends: set[fx.Node] = set()
         for node in self.nodes:
             if node.op == "get_attr":
                 own = str(node.target) in parameters
             elif node.op == "call_module":
-                target = str(node.target)
-                own = any(o == target or o.startswith(target + ".") for o in owners)
+                own = self.has_parameters(node)
             elif _reads_form(node):
                 continue
             else:
@@ -182,7 +180,6 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         path = self.path_of_module(m)
         leaf = self.is_leaf_module(m, path)
-        start = len(self.graph.nodes)
         if not leaf:
             self.opened.append(path)
             self.stack.append(path)
@@ -190,7 +187,7 @@ class _Tracer(fx.Tracer):
         out = super().call_module(m, forward, args, kwargs)
         if not leaf:
             self.stack.pop()
-        self.calls.append(Call(path, start, len(self.graph.nodes), leaf))
+        self.calls.append(Call(path, len(self.graph.nodes), leaf))
         return out
 
 

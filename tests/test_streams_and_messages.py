@@ -132,3 +132,16 @@ def test_metrics_name_the_first_bad_loss_and_average_windows():
     with pytest.raises(FloatingPointError, match="local module 1 of 3 .* batch 2"):
         metrics.check()
     metrics.check()
+
+
+def test_the_penalty_is_averaged_over_the_steps_that_have_one():
+    metrics = LocalMetrics(2, CPU)
+    for step in range(4):
+        for k in range(2):
+            penalty = torch.tensor(6.0) if k == 1 and step % 2 == 0 else None
+            metrics.update(k, torch.tensor(2.0), None, None, penalty)
+        metrics.close_step(step)
+    values = metrics.read()
+    assert values["local/01/reconciliation"] == 3.0
+    assert "local/00/reconciliation" not in values
+    assert metrics.read(epoch=True)["local/01/reconciliation_epoch"] == 3.0
