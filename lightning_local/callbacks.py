@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from lightning_local.metrics import HeadAccuracy
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["LocalSummary", "Restore"]
+__all__ = ["LocalSummary", "Restore", "with_ours"]
 
 _RICH = RequirementCache("rich")
 
@@ -100,18 +101,18 @@ class LocalSummary(pl.Callback):
 
 
 class Restore(pl.Callback):
-    """Sets up what a run needs around the user's module, and takes it off however the run ends."""
+    """Takes what a run needs around the user's module off it, however the run ends."""
 
     def __init__(self) -> None:
-        self._filter: tuple[Any, ...] | None = None
+        self._filter: Any = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Silences advice about a protocol that would change what `ModelCheckpoint` saves.
+    def silence(self) -> None:
+        """Drops a warning of sharded layers that is not for us.
 
-        Under automatic optimization it saves the weights after the step without a word; here it
-        would ask for the ones before it (Lightning-AI/pytorch-lightning#20947).
+        Weight averaging gives it on calling `configure_model`, which the learner has so that the
+        heads are there by then.
         """
-        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with")
         self._filter = warnings.filters[0]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -128,10 +129,31 @@ class Restore(pl.Callback):
         self._undo()
 
     def _undo(self) -> None:
-        if self._filter is not None and self._filter in warnings.filters:
+        if self._filter in warnings.filters:
             # A list, though typed as a Sequence; Python has no call to take one out.
             list.remove(warnings.filters, self._filter)  # type: ignore[arg-type]
         self._filter = None
+
+
+def with_ours(present: Sequence[pl.Callback], own: Any) -> list[pl.Callback]:
+    """The callbacks of the user's module, with those of ours that are not there yet.
+
+    Args:
+        present: The Trainer's callbacks.
+        own: What the user's `configure_callbacks` returned; None without one.
+    """
+    added = list(own) if isinstance(own, Sequence) else [own] if own is not None else []
+    every = [*present, *added]
+    if not any(isinstance(callback, LocalSummary) for callback in every) and any(
+        isinstance(callback, pl.callbacks.ModelSummary) for callback in every
+    ):
+        added.append(LocalSummary())
+    restore = next((callback for callback in every if isinstance(callback, Restore)), None)
+    if restore is None:
+        restore = Restore()
+        added.append(restore)
+    restore.silence()
+    return added
 
 
 def _learner(module: pl.LightningModule) -> LocalLearner:

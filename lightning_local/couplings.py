@@ -30,7 +30,8 @@ class Work:
         received: g_out(k-1), shape of x_{k-1}; None unless the coupling sends gradients.
         tail: Maps a length in units to the parameters of the last units of the body.
         run_backward: Runs the backward of a scalar multiplied by `scale`.
-        scale: Factor on the loss in `.grad` (1 / accumulated batches, times an fp16 scale).
+        scale: Factor on the loss in `.grad`: 1 / accumulated batches, times the fp16 scale, which
+            is a tensor on the device.
         step: Number of the batch since the start of training.
         penalty: R_k for the log, without graph.
     """
@@ -41,7 +42,7 @@ class Work:
     received: torch.Tensor | None
     tail: Callable[[int | None], Sequence[torch.nn.Parameter]]
     run_backward: Callable[..., None]
-    scale: float = 1.0
+    scale: float | torch.Tensor = 1.0
     step: int = 0
     penalty: torch.Tensor | None = None
 
@@ -140,7 +141,7 @@ class BackwardLink(Coupling):
         if work.input is None:
             return None
         error, work.input.grad = work.input.grad, None
-        return error if error is None else _unscaled(error, work.scale)
+        return error if error is None else _unscaled(error.detach(), work.scale)
 
     def link(self, work: Work, error: torch.Tensor) -> None:
         """Adds weight * error * d x_k / d theta to the gradients of the tail."""
@@ -152,9 +153,8 @@ class BackwardLink(Coupling):
             torch.autograd.backward([hidden], [gradient], inputs=list(tail))
 
 
-def _unscaled(gradient: torch.Tensor, scale: float) -> torch.Tensor:
-    """A gradient of the undivided loss, in float32 at least."""
-    gradient = gradient.detach()
+def _unscaled(gradient: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """A gradient of the undivided loss, in float32 at least; its graph stays."""
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
 
 
@@ -247,11 +247,11 @@ class GradientReconciliation(Coupling):
             work.run_backward(loss)
         else:
             own = torch.autograd.grad(work.loss * work.scale, work.input, create_graph=True)[0]
-            self._add_penalty(work, own / work.scale)
+            self._add_penalty(work, _unscaled(own, work.scale))
         if handle is not None:
             # Left on, it would also see the second pass, which brings R_k's own share.
             handle.remove()
-        return _unscaled(sent[0], work.scale) if sent else None
+        return _unscaled(sent[0].detach(), work.scale) if sent else None
 
     def _add_penalty(self, work: Work, own: torch.Tensor) -> None:
         assert work.loss is not None

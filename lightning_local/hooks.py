@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-__all__ = ["HOOKS", "call_hook", "check_module", "check_trainer", "forward_hooks"]
+__all__ = [
+    "HOOKS",
+    "SavingByStep",
+    "call_hook",
+    "check_callbacks",
+    "check_module",
+    "check_trainer",
+    "forward_hooks",
+]
 
 # Hooks that go to the user's module as they are; those the learner has work of its own in are
 # called from there.
@@ -64,6 +74,28 @@ _REFUSED = {
     "backward": "backwards are run per local module; use on_after_backward",
     "optimizer_zero_grad": "gradients are zeroed per local module right after their step",
 }
+
+
+_REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
+    pl_callbacks.LearningRateFinder: "it drives one optimizer and every local module has its own; "
+    "find the rate with the plain module, then wrap that",
+    pl_callbacks.StochasticWeightAveraging: "it replaces the schedule of one optimizer and every "
+    "local module has its own; use EMAWeightAveraging or WeightAveraging",
+    pl_callbacks.GradientAccumulationScheduler: "it changes the accumulation of automatic "
+    "optimization; use Trainer(accumulate_grad_batches=...), one number for the whole fit",
+}
+
+
+def check_callbacks(callbacks: Iterable[pl.Callback]) -> None:
+    """Refuses callbacks of Lightning's that can't work with an optimizer per local module.
+
+    Raises:
+        ValueError: Names the callback, the reason and what to do instead.
+    """
+    for callback in callbacks:
+        for kind, reason in _REFUSED_CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"{kind.__name__} does not work with LocalLearner: {reason}.")
 
 
 def check_module(module: Any) -> None:
@@ -129,3 +161,47 @@ def forward_hooks(learner: pl.LightningModule, module: pl.LightningModule) -> No
 def call_hook(module: pl.LightningModule, hook: str, *args: Any) -> Any:
     """Calls a hook of the user's module if there is one of its own."""
     return getattr(module, hook)(*args) if is_overridden(hook, module) else None
+
+
+class _Automatic:
+    """The learner, as it looks to a callback that asks how it optimizes."""
+
+    automatic_optimization = True
+
+    def __init__(self, learner: pl.LightningModule) -> None:
+        self._learner = learner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._learner, name)
+
+
+class SavingByStep:
+    """Lets `ModelCheckpoint` treat each batch as under automatic optimization.
+
+    Under manual optimization it ignores `train_time_interval`, ranks by metrics of the validation
+    before the coming one, and asks for the weights before the step (Lightning issues 20947, 21842).
+    Once a batch counts one step it can do for the learner what it does for the plain module.
+    """
+
+    def __init__(self, learner: pl.LightningModule) -> None:
+        self._callbacks = [
+            callback
+            for callback in learner.trainer.checkpoint_callbacks
+            if isinstance(callback, pl_callbacks.ModelCheckpoint)
+        ]
+        for callback in self._callbacks:
+            callback.__dict__["on_train_batch_end"] = self._as_automatic(callback, learner)
+
+    @staticmethod
+    def _as_automatic(callback: pl.Callback, learner: pl.LightningModule) -> Any:
+        own, module = callback.on_train_batch_end, _Automatic(learner)
+
+        def on_train_batch_end(trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+            own(trainer, module, *args)  # type: ignore[arg-type]  # it stands in for the learner
+
+        return on_train_batch_end
+
+    def close(self) -> None:
+        """Gives the callbacks their own method back."""
+        for callback in self._callbacks:
+            callback.__dict__.pop("on_train_batch_end", None)

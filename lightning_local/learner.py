@@ -5,27 +5,39 @@ Here: arguments, hooks, what the Trainer asks for. The training loop itself is i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_local import optim, state
+from lightning_local.arguments import (
+    check_optimizer,
+    check_options,
+    ends_to_end,
+    method_and_partition,
+)
 from lightning_local.build import example_inputs, make_local_modules
-from lightning_local.callbacks import LocalSummary, Restore
-from lightning_local.couplings import Isolated
-from lightning_local.hooks import call_hook, check_module, check_trainer, forward_hooks
+from lightning_local.callbacks import LocalSummary, with_ours
+from lightning_local.hooks import (
+    call_hook,
+    check_callbacks,
+    check_module,
+    check_trainer,
+    forward_hooks,
+)
 from lightning_local.links import InProcessLinks, Links
 from lightning_local.local_module import LocalModule
 from lightning_local.loop import TrainingLoop
-from lightning_local.methods import LocalMethod, get_method
+from lightning_local.methods import LocalMethod
 from lightning_local.metrics import HeadAccuracy, after_heads
 from lightning_local.optim import TrainerFlags
 from lightning_local.partition import Partition, check_names
@@ -81,22 +93,11 @@ class LocalLearner(pl.LightningModule):
     ) -> None:
         super().__init__()
         check_module(module)
-        self.method = get_method(method)
-        self.partition = Partition.of(partition)
-        if self.method.head is None:
-            if self.partition not in (Partition(), Partition(num_modules=1)):
-                raise ValueError(
-                    f"{type(self.method).__name__} trains the network as one module, but "
-                    f"partition={partition!r}: leave partition out, or choose another method."
-                )
-            self.partition = Partition(num_modules=1)
-        if out_features is not None and out_features < 1:
-            raise ValueError(f"out_features={out_features}: heads need 1 or more outputs.")
-        if lr_scheduler is not None and optimizer is None:
-            raise ValueError("lr_scheduler needs optimizer: pass both, or neither.")
+        self.method, self.partition = method_and_partition(method, partition)
+        check_options(out_features, optimizer, lr_scheduler)
         self.automatic_optimization = False
         self.module = module
-        end_to_end = self.partition.num_modules == 1 or self.partition.split_points == ()
+        end_to_end = ends_to_end(self.partition)
         self.network_name = "." if end_to_end and network is None else find_network(module, network)
         if not end_to_end:
             check_names(self.network, self.partition, self.network_name)
@@ -119,12 +120,10 @@ class LocalLearner(pl.LightningModule):
         self.loop: TrainingLoop | None = None
         self.head_accuracy: HeadAccuracy | None = None
         self.flags = TrainerFlags()
-        self._configs: list[Any] = []
-        if end_to_end and not isinstance(self.method.coupling, Isolated):
-            rank_zero_warn(
-                f"{type(self.method.coupling).__name__} has no effect with one local module: there "
-                "is no boundary. Cut the network, or use methods.EndToEnd()."
-            )
+        self.configs: list[LRSchedulerConfig] = []
+        self.resumed = state.Resumed()
+        self._given_optimizer: Callable[[], Any] | None = None
+        self._log_hyperparams = module._log_hyperparams
         forward_hooks(self, module)
         for name in ("validation_step", "test_step"):
             if is_overridden(name, module):
@@ -137,47 +136,62 @@ class LocalLearner(pl.LightningModule):
             return self.module
         return self.module.get_submodule(self.network_name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is no part of the run that goes on."""
+        return {**super().__getstate__(), "loop": None}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The user's module's forward."""
         return self.module(*args, **kwargs)
 
+    @property
+    def hparams(self) -> Any:
+        """The user's module's hyper-parameters: loggers and tuners see the plain run's."""
+        return self.module.hparams
+
+    @property
+    def hparams_initial(self) -> Any:
+        """The user's module's, as they were saved first."""
+        return self.module.hparams_initial
+
     def configure_callbacks(self) -> Any:
         """The user's callbacks and ours; takes over the Trainer's flags (see `TrainerFlags`)."""
+        check_callbacks(self._callbacks())
+        # A LightningCLI with --optimizer puts its own method on the instance; it is the recipe.
+        self._given_optimizer = self.__dict__.pop("configure_optimizers", self._given_optimizer)
+        check_optimizer(self._given_optimizer, self.optimizer_callable)
         self.flags.take(self.trainer)
-        own = call_hook(self.module, "configure_callbacks") or []
-        callbacks = list(own) if isinstance(own, Sequence) else [own]
-        present = [*self._callbacks(), *callbacks]
-        if not any(isinstance(callback, LocalSummary) for callback in present) and any(
-            isinstance(callback, pl.callbacks.ModelSummary) for callback in present
-        ):
-            callbacks.append(LocalSummary())
-        if not any(isinstance(callback, Restore) for callback in present):
-            callbacks.append(Restore())
-        return callbacks
+        return with_ours(self._callbacks(), call_hook(self.module, "configure_callbacks"))
 
     def _callbacks(self) -> list[pl.Callback]:
         # Lightning's connectors set it, out of mypy's sight.
         return list(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def release(self) -> None:
-        """Takes everything the run bound to the user's module off it again."""
+        """Takes everything the run bound to the user's module and the Trainer off again."""
         self.module.__dict__.pop("log", None)
+        state.unguard_loading(self.trainer.strategy)
+        if self.loop is not None:
+            self.loop.close()
 
     def setup(self, stage: str) -> None:
         """Cuts the network and makes the heads, before weights and optimizers are restored."""
         self.flags.give_back(self.trainer)
         check_trainer(self.trainer)
+        state.guard_loading(self.trainer.strategy)
         self.module.__dict__["log"] = self.log
         call_hook(self.module, "setup", stage)
         if not is_overridden("configure_model", self.module):
             self._build(stage)
 
     def configure_model(self) -> None:
-        """The user's `configure_model`, then what `setup` does otherwise."""
-        if is_overridden("configure_model", self.module):
-            self.module.configure_model()
-            with torch.device("cpu"):
-                self._build(str(self.trainer.state.fn.value if self.trainer.state.fn else "fit"))
+        """The user's `configure_model`, then what `setup` does otherwise.
+
+        Lightning's weight averaging calls it early, and copies what is there then: heads too.
+        """
+        call_hook(self.module, "configure_model")
+        with torch.device("cpu"):
+            self._build(str(self.trainer.state.fn.value if self.trainer.state.fn else "fit"))
 
     def teardown(self, stage: str) -> None:
         """Leaves the user's module as it was, but trained."""
@@ -193,11 +207,19 @@ class LocalLearner(pl.LightningModule):
             return
         self.build(*example_inputs(self, self.unpack))
 
-    def build(self, *inputs: Any) -> None:
+    def recut(self, split_points: Sequence[str]) -> None:
+        """Cuts where a checkpoint says, and makes new heads."""
+        request = dataclasses.replace(
+            self.partition, num_modules=None, split_points=tuple(split_points)
+        )
+        self.build(*example_inputs(self, self.unpack), partition=request)
+
+    def build(self, *inputs: Any, partition: Partition | None = None) -> None:
         """Cuts the network and makes the heads; the Trainer does it by itself.
 
         Args:
             inputs: An input of the network, of any batch size.
+            partition: Where to cut; default as the learner was asked to.
 
         Raises:
             ValueError: The network can't be cut as asked.
@@ -205,7 +227,7 @@ class LocalLearner(pl.LightningModule):
         seed = torch.initial_seed()
         self.cutting, modules = make_local_modules(
             self.network,
-            self.partition,
+            partition or self.partition,
             self.method,
             inputs,
             name=self.network_name,
@@ -213,7 +235,7 @@ class LocalLearner(pl.LightningModule):
             out_features=self.out_features,
             seed=seed,
         )
-        self.local_modules.extend(modules)
+        self.local_modules = nn.ModuleList(modules)
         self.split_points = self.cutting.split_points
         self.num_modules = len(modules)
         self.streams = Streams(seed, self.num_modules)
@@ -221,12 +243,12 @@ class LocalLearner(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer per local module, with schedulers."""
         recipes = optim.recipes(
-            self.module,
+            self._given_optimizer or self.module.configure_optimizers,
             self.optimizer_callable,
             self.lr_scheduler_callable,
             *self.parameters_per_module(),
         )
-        self._configs = [config for _, configs in recipes for config in configs]
+        self.configs = [config for _, configs in recipes for config in configs]
         return [optimizer for optimizer, _ in recipes], optim.for_lightning(recipes)
 
     def parameters_per_module(self) -> tuple[list[list[nn.Parameter]], list[list[nn.Parameter]]]:
@@ -259,32 +281,24 @@ class LocalLearner(pl.LightningModule):
     def on_train_start(self) -> None:
         """Starts the loop of this fit."""
         self.loop = TrainingLoop(self)
+        self.loop.resume(self.resumed)
+        self.resumed = state.Resumed()
         call_hook(self.module, "on_train_start")
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One batch through all local modules; returns what the user's step returned."""
         assert self.loop is not None
-        result = self.loop.run(batch, batch_idx)
-        self._step_schedulers("step", batch_idx + 1, plateau=False)
-        if self.trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            self._step_schedulers("epoch", self.current_epoch + 1, plateau=False)
-        return result
-
-    def _step_schedulers(self, interval: str, index: int, *, plateau: bool) -> None:
-        if interval == "step" and self.trainer.fit_loop.epoch_loop._should_accumulate():
-            return
-        optim.step_schedulers(self, self._configs, interval, plateau, index)
+        return self.loop.run(batch, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The user's hook."""
         call_hook(self.module, "on_train_batch_end", outputs, batch, batch_idx)
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's local metrics; schedulers that wait for a metric step."""
+        """The user's hook, then the epoch's local metrics are logged."""
         call_hook(self.module, "on_train_epoch_end")
         assert self.loop is not None
         self.loop.log_epoch()
-        self._step_schedulers("epoch", self.current_epoch + 1, plateau=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Writes the user's checkpoint with one entry of ours, after a look for NaN losses."""
@@ -297,3 +311,16 @@ class LocalLearner(pl.LightningModule):
         """Puts back what was moved, before weights are loaded."""
         call_hook(self.module, "on_load_checkpoint", checkpoint)
         state.load(self, checkpoint)
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses, since a checkpoint is one of the user's module.
+
+        Raises:
+            TypeError: Always; says what to call instead.
+        """
+        raise TypeError(
+            "A checkpoint of a LocalLearner is one of the module inside: load it with that class's "
+            "load_from_checkpoint. To go on training or to evaluate, build the LocalLearner again "
+            "and pass ckpt_path=... to trainer.fit, validate, test or predict."
+        )

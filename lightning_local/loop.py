@@ -25,9 +25,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_local.couplings import Work
+from lightning_local.hooks import SavingByStep
 from lightning_local.message import Message
 from lightning_local.metrics import LocalMetrics
 from lightning_local.optim import count_once
+from lightning_local.precision import LossScalers
+from lightning_local.randomness import set_global_states
+from lightning_local.schedules import Schedules
+from lightning_local.state import Resumed
 from lightning_local.wrapping import Substitute, as_inputs, run_step
 
 if TYPE_CHECKING:
@@ -50,6 +55,9 @@ class TrainingLoop:
         self.num_modules = learner.num_modules
         self.owned = range(self.num_modules)
         self.metrics = LocalMetrics(self.num_modules, self.device)
+        self.scalers = LossScalers(self.trainer, self.num_modules)
+        self.schedules = Schedules(learner, learner.configs)
+        self._saving = SavingByStep(learner)
         self.coupling = learner.method.coupling
         optimizers = learner.optimizers()
         self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
@@ -61,6 +69,18 @@ class TrainingLoop:
         self._modules = learner.modules_in_order()
         self._check_input = True
         self._result: Any = None
+
+    def resume(self, resumed: Resumed) -> None:
+        """Goes on where a checkpoint was saved."""
+        self.scalers.load(resumed.scalers)
+        self.schedules.load(resumed.plateau)
+        if resumed.random is not None:
+            set_global_states(resumed.random)
+
+    def close(self) -> None:
+        """Takes what the loop hung on the Trainer off it again."""
+        self.schedules.close()
+        self._saving.close()
 
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch through all local modules.
@@ -95,7 +115,11 @@ class TrainingLoop:
         """Steps 1 to 6."""
         coupling, links = self.coupling, self.learner.links
         message = links.receive(k)  # 1
-        with self._profiled(k), self.learner.streams.using(k, self.device):
+        with (
+            self._profiled(k),
+            self.learner.streams.using(k, self.device),
+            self.scalers.using(k),
+        ):
             work, sent, output = self._forward(k, message)  # 2
             assert work.loss is not None
             loss = work.loss.detach()
@@ -160,7 +184,7 @@ class TrainingLoop:
             received=message.gradient,
             tail=module.body.tail if module is not None else lambda length: (),
             run_backward=self._backward,
-            scale=1.0 / self.trainer.accumulate_grad_batches,
+            scale=self.scalers.factor(k, self.device) / self.trainer.accumulate_grad_batches,
             step=learner.batches,
         )
         return work, sent, output
@@ -176,7 +200,8 @@ class TrainingLoop:
             with torch.autocast(self.device.type, enabled=False):
                 self.coupling.link(work, error)  # 7
         if not self.trainer.fit_loop.epoch_loop._should_accumulate():
-            self.optimizers[k].step()  # 8
+            with self.scalers.using(k):
+                self.optimizers[k].step()  # 8
             self.optimizers[k].zero_grad()
 
     @contextmanager

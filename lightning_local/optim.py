@@ -1,4 +1,4 @@
-"""Optimizers, schedulers, clipping and step counting, one of each per local module."""
+"""Optimizers, clipping and step counting, one of each per local module."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import (
     LightningOptimizer,
     _configure_optimizers,
     _configure_schedulers_automatic_opt,
 )
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,7 +25,6 @@ __all__ = [
     "for_lightning",
     "read_recipe",
     "recipes",
-    "step_schedulers",
 ]
 
 Recipe = tuple[Optimizer, list[LRSchedulerConfig]]
@@ -80,16 +77,16 @@ def read_recipe(configured: Any) -> Recipe:
 
 
 def recipes(
-    module: pl.LightningModule,
+    configure: Callable[[], Any],
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None,
     lr_scheduler: Callable[[Optimizer], Any] | None,
     own: Sequence[Sequence[nn.Parameter]],
     heads: Sequence[Sequence[nn.Parameter]],
 ) -> list[Recipe]:
-    """One recipe per local module: from the learner's callables, else the user's own, cloned."""
+    """One recipe per local module: from the learner's callables, else `configure`'s, cloned."""
     if optimizer is not None:
         return build_from_callables(optimizer, lr_scheduler, own, heads)
-    return clone_per_module(read_recipe(module.configure_optimizers()), own, heads)
+    return clone_per_module(read_recipe(configure()), own, heads)
 
 
 def for_lightning(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
@@ -217,43 +214,3 @@ def count_once(trainer: pl.Trainer, counted: int) -> None:
         if k != counted:
             optimizer._on_before_step = partial(profiler.start, "optimizer_step")
             optimizer._on_after_step = partial(profiler.stop, "optimizer_step")
-
-
-def step_schedulers(
-    learner: pl.LightningModule,
-    configs: Iterable[LRSchedulerConfig],
-    interval: str,
-    plateau: bool,
-    index: int,
-) -> None:
-    """Steps the schedulers that are due, by the rules of automatic optimization.
-
-    Args:
-        learner: Its `lr_scheduler_step` makes the step.
-        configs: Complete configs of all local modules.
-        interval: `"step"` or `"epoch"`.
-        plateau: Only those that wait for a metric, or only the others.
-        index: Number of the batch or epoch, from 1; `frequency` divides it.
-
-    Raises:
-        MisconfigurationException: A strict config's metric was not logged.
-    """
-    for config in configs:
-        if config.interval != interval or config.reduce_on_plateau != plateau:
-            continue
-        if index % config.frequency:
-            continue
-        metric = None
-        if plateau:
-            assert config.monitor is not None
-            metric = learner.trainer.callback_metrics.get(config.monitor)
-            if metric is None:
-                message = (
-                    f"ReduceLROnPlateau waits for the metric {config.monitor!r}, which was not "
-                    f"logged; there are {sorted(learner.trainer.callback_metrics)}."
-                )
-                if config.strict:
-                    raise MisconfigurationException(message)
-                rank_zero_warn(f"{message} The learning rate stays.", category=RuntimeWarning)
-                continue
-        learner.lr_scheduler_step(config.scheduler, metric)

@@ -1,13 +1,43 @@
-"""One random stream per local module, so that results don't depend on where a module runs."""
+"""Random states: one stream per local module, and the process's own for a checkpoint.
+
+Each local module draws from a stream of its own, so that results don't depend on where it runs.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["Streams", "seed_for"]
+__all__ = ["Streams", "global_states", "seed_for", "set_global_states"]
+
+
+def global_states() -> dict[str, Any]:
+    """States of the process's generators (torch, CUDA, Python, NumPy), as plain types."""
+    version, state, gauss = random.getstate()
+    numpy: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = numpy
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(state), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+
+
+def set_global_states(states: dict[str, Any]) -> None:
+    """Goes on where `global_states` was; CUDA states only where there are as many devices."""
+    torch.set_rng_state(states["torch"].cpu())
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    version, state, gauss = states["python"]
+    random.setstate((version, tuple(state), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
 
 
 def seed_for(seed: int, k: int) -> int:

@@ -1,27 +1,80 @@
-"""What a checkpoint holds: the user's file, plus one entry of ours.
+"""What a checkpoint holds, and how it comes back.
 
-The file loads in the user's plain class. Heads, split points and random streams live under one
-extra key, as plain types and tensors, so that `weights_only=True` loads it.
+The file is the user's: it loads in their plain class. Heads, split points, scalers and random
+states live under one extra key, as plain types and tensors, so that `weights_only=True` loads it.
+Everything is checked before the first tensor changes.
 """
 
 from __future__ import annotations
 
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_local.randomness import global_states, set_global_states
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["ENTRY", "load", "save"]
+__all__ = ["ENTRY", "Resumed", "guard_loading", "load", "save", "unguard_loading"]
 
 ENTRY = "lightning_local"
+_VERSION = 1
 _PREFIX = "module."
 _HPARAMS = (
     pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY,
     pl.LightningModule.CHECKPOINT_HYPER_PARAMS_NAME,
     pl.LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE,
 )
+
+
+@dataclass
+class Resumed:
+    """What a checkpoint brought that is put in place once the training loop starts.
+
+    Attributes:
+        scalers: States of the K loss scalers; empty without fp16.
+        plateau: Metrics for the schedulers that were about to step.
+        random: States of the process's generators in the middle of an epoch.
+    """
+
+    scalers: list[dict[str, Any]] = field(default_factory=list)
+    plateau: dict[str, float] = field(default_factory=dict)
+    random: dict[str, Any] | None = None
+
+
+def guard_loading(strategy: Any) -> None:
+    """Lets the strategy look whether a file is whole before it reads one; until `unguard`."""
+    read = type(strategy).load_checkpoint.__get__(strategy)
+
+    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_file(checkpoint_path)
+        return read(checkpoint_path, *args, **kwargs)
+
+    strategy.load_checkpoint = load_checkpoint
+
+
+def unguard_loading(strategy: Any) -> None:
+    """Gives the strategy its own method back."""
+    strategy.__dict__.pop("load_checkpoint", None)
+
+
+def _check_file(path: Any) -> None:
+    if not os.path.isfile(path):
+        return  # not ours to judge: a folder, another file system, or Lightning's own error
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start == b"" or (start == b"PK" and not zipfile.is_zipfile(path)):
+        raise ValueError(
+            f"The checkpoint {os.fspath(path)!r} is truncated ({os.path.getsize(path):,} bytes): "
+            "copy it again, or resume from an older one."
+        )
 
 
 def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
@@ -37,27 +90,35 @@ def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
         if hasattr(module, "_hparams_name"):
             checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module._hparams_name
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams)
+    boundaries = learner.cutting.boundaries if learner.cutting is not None else ()
     checkpoint[ENTRY] = {
-        "version": 1,
+        "version": _VERSION,
+        "method": _pieces(learner),
         "heads": heads,
         "num_modules": learner.num_modules,
         "split_points": list(learner.split_points),
+        "boundaries": [list(form.shape) for form in boundaries],
         "streams": learner.streams.save(),
+        "random": global_states(),
         "batches": learner.batches,
+        # Lightning's counter, by the rule with which it ends an epoch.
+        "mid_epoch": not learner.trainer.fit_loop.epoch_loop._num_ready_batches_reached(),
+        "scalers": learner.loop.scalers.save() if learner.loop else [],
+        "plateau": learner.loop.schedules.save() if learner.loop else {},
     }
 
 
 def load(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
-    """Puts back what `save` moved.
+    """Puts back what `save` moved; nothing of the learner changes if the checkpoint is refused.
 
     Raises:
-        ValueError: The checkpoint is of another partition, or was not written by a LocalLearner
-            while there are heads to restore.
+        ValueError: The checkpoint is of another network or method, or was not written by a
+            LocalLearner while there are heads to restore.
     """
     entry = checkpoint.get(ENTRY)
-    state = {f"{_PREFIX}{k}": v for k, v in checkpoint["state_dict"].items()}
-    mine = {k: v for k, v in learner.state_dict().items() if not k.startswith(_PREFIX)}
     fitting = learner.trainer.state.fn == "fit"
+    state = {f"{_PREFIX}{k}": v for k, v in checkpoint["state_dict"].items()}
+    _check_tensors(learner, state)
     if entry is None:
         if fitting and learner.num_modules > 1:
             raise ValueError(
@@ -65,20 +126,126 @@ def load(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
                 "optimizers per local module to go on with: load its weights into the module "
                 "(load_from_checkpoint) and wrap that in a new LocalLearner."
             )
-        heads = mine
+        checkpoint["state_dict"] = {**state, **_heads(learner)}
+        return
+    if entry["version"] > _VERSION:
+        raise ValueError(
+            f"This checkpoint was written in version {entry['version']} of lightning_local's "
+            f"format, and this release reads up to {_VERSION}: install a newer one."
+        )
+    heads = entry["heads"]
+    if fitting or learner.cutting is not None:
+        _check_method(learner, entry)
+        _take_split_points(learner, entry)
+        _check_heads(learner, entry)
     else:
-        heads = entry["heads"]
-        if not fitting and not mine:
-            heads = {}
-        elif list(learner.split_points) != entry["split_points"] or set(mine) != set(heads):
-            raise ValueError(
-                f"This checkpoint has {entry['num_modules']} local modules cut after "
-                f"{entry['split_points']} with {len(entry['heads'])} tensors in their heads; the "
-                f"learner has {learner.num_modules}, cut after {list(learner.split_points)}, with "
-                f"{len(mine)}: use the method of the checkpoint and "
-                f"partition={entry['split_points']}."
-            )
+        heads = {}
+    if fitting:
         learner.batches = entry["batches"]
-        if learner.num_modules == entry["num_modules"]:
-            learner.streams.load(entry["streams"])
+        learner.streams.load(entry["streams"])
+        learner.resumed = Resumed(entry["scalers"], entry["plateau"])
+        if entry["mid_epoch"]:
+            # The iterator existed already, so nothing draws before the next batch.
+            learner.resumed.random = entry["random"]
+        else:
+            _set_before_shuffling(learner, entry["random"])
     checkpoint["state_dict"] = {**state, **heads}
+
+
+def _heads(learner: LocalLearner) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in learner.state_dict().items() if not k.startswith(_PREFIX)}
+
+
+def _pieces(learner: LocalLearner) -> str:
+    method = learner.method
+    names = [type(piece).__name__ for piece in (method.head, method.loss, method.coupling)]
+    return " x ".join(names) if method.head is not None else "EndToEnd"
+
+
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What is wrong with `found`, in words; empty if nothing is."""
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    shapes = [
+        f"{name} ({tuple(found[name].shape)}, not {tuple(tensor.shape)})"
+        for name, tensor in expected.items()
+        if isinstance(tensor, torch.Tensor)
+        and isinstance(found.get(name), torch.Tensor)
+        and found[name].shape != tensor.shape
+    ]
+    parts = (("lacks", missing), ("has also", unknown), ("has other shapes:", shapes))
+    said = [
+        f"{verb} {', '.join(n.removeprefix(_PREFIX) for n in names[:3])}"
+        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for verb, names in parts
+        if names
+    ]
+    return "; it ".join(said)
+
+
+def _check_tensors(learner: LocalLearner, state: Mapping[str, Any]) -> None:
+    if not learner.strict_loading:
+        return
+    mine = {k: v for k, v in learner.state_dict().items() if k.startswith(_PREFIX)}
+    wrong = _differences(mine, state)
+    if wrong:
+        raise ValueError(
+            f"This checkpoint is of another network than this {type(learner.module).__name__}: it "
+            f"{wrong}. Build the module as it was trained, or load what fits into the plain module "
+            "with load_from_checkpoint(..., strict=False) and wrap that."
+        )
+
+
+def _check_method(learner: LocalLearner, entry: Mapping[str, Any]) -> None:
+    mine = _pieces(learner)
+    if mine != entry["method"]:
+        raise ValueError(
+            f"This checkpoint was trained with the method {entry['method']} (head x loss x "
+            f"coupling), and the learner has {mine}: use the method of the checkpoint, or load its "
+            "weights into the module (load_from_checkpoint) and wrap that in a new LocalLearner."
+        )
+
+
+def _take_split_points(learner: LocalLearner, entry: Mapping[str, Any]) -> None:
+    """The checkpoint's cuts win, since its heads and optimizers belong to them."""
+    points = entry["split_points"]
+    if list(learner.split_points) == points:
+        return
+    if learner.num_modules == 1 or not points:
+        raise ValueError(
+            f"This checkpoint has {entry['num_modules']} local modules cut after {points}, and the "
+            f"learner has {learner.num_modules}: pass partition={points or 1}."
+        )
+    rank_zero_warn(
+        f"The checkpoint's {entry['num_modules']} local modules, cut after {points}, are used, not "
+        f"the {learner.num_modules} that partition={learner.partition} gives: its heads and "
+        "optimizers belong to them."
+    )
+    learner.recut(points)
+
+
+def _check_heads(learner: LocalLearner, entry: Mapping[str, Any]) -> None:
+    wrong = _differences(_heads(learner), entry["heads"])
+    if wrong:
+        raise ValueError(
+            f"This checkpoint's {len(entry['heads'])} tensors of heads are not those of the "
+            f"learner's {_pieces(learner)}: it {wrong}. Give the method the arguments that it was "
+            "trained with."
+        )
+
+
+def _set_before_shuffling(learner: LocalLearner, states: dict[str, Any]) -> None:
+    """Sets the generators once the user's code has made the training loader.
+
+    At an epoch's end the next draw of the uninterrupted run is the training iterator's.
+    """
+    # Lightning's own object behind every way to give training data; asked once per fit.
+    source: Any = learner.trainer.fit_loop._data_source
+
+    def dataloader() -> Any:
+        del source.dataloader
+        loader = source.dataloader()
+        set_global_states(states)
+        return loader
+
+    source.dataloader = dataloader

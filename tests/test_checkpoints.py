@@ -4,9 +4,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from simple import Lit, data, run, wrap
+from simple import Lit, Net, data, run, wrap
 
-from lightning_local import LocalLearner, methods
+from lightning_local import LocalLearner, heads, methods
 
 
 def test_checkpoint_files_and_the_plain_class(tmp_path, quiet):
@@ -30,44 +30,145 @@ def test_checkpoint_files_and_the_plain_class(tmp_path, quiet):
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("method", ["Greedy", "BackLink", "SGR", "AugLocal"])
-def test_resuming_at_an_epochs_end_equals_the_uninterrupted_run(method, tmp_path, quiet):
-    class Steady(Lit):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
-            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
-
-    def make(module):
-        return LocalLearner(module, methods.AugLocal(depth=1) if method == "AugLocal" else method)
-
-    def loader():
-        return data(shuffle=False)
-
-    _, whole = run(make, quiet, Steady, epochs=3, loader=loader())
-    trainer, _ = run(make, quiet, Steady, epochs=1, loader=loader())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    L.seed_everything(99, verbose=False)
-    resumed = make(Steady())
-    trainer = L.Trainer(max_epochs=3, **quiet)
-    trainer.fit(resumed, loader(), loader(), ckpt_path=tmp_path / "a.ckpt")
-    assert trainer.global_step == 9
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+def file_of(make, path, quiet, **options):
+    trainer, model = run(make, quiet, epochs=1, **options)
+    trainer.save_checkpoint(path)
+    return model
 
 
-def test_a_checkpoint_of_another_partition_is_refused(tmp_path, quiet):
+def resume(model, path, quiet):
+    L.Trainer(max_epochs=2, **quiet).fit(model, data(), data(shuffle=False), ckpt_path=path)
+
+
+class Steady(Lit):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+
+def augmented(partition):
+    return lambda module: LocalLearner(module, methods.AugLocal(depth=1), partition)
+
+
+@pytest.mark.parametrize("make", [wrap, augmented])
+def test_the_cuts_of_the_checkpoint_win(make, tmp_path, quiet):
+    path = tmp_path / "a.ckpt"
+    saved = file_of(make(2), path, quiet, module=Steady)
+    again, other = make(2)(Steady()), make("units")(Steady())
+    resume(again, path, quiet)
+    with pytest.warns(UserWarning, match="2 local modules, cut after .*, are used, not the ."):
+        resume(other, path, quiet)
+    assert other.split_points == saved.split_points
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+class Wider(Lit):
+    def __init__(self):
+        super().__init__(Net(width=8))
+
+
+class Deeper(Lit):
+    def __init__(self):
+        super().__init__(Net(blocks=4))
+
+
+def conv(width):
+    return lambda module: LocalLearner(module, methods.Greedy(head=heads.Conv(width)))
+
+
+REFUSED = {
+    "wider": (wrap("units"), lambda: wrap("units")(Wider()), r"another network .* other shapes:"),
+    "deeper": (wrap("units"), lambda: wrap("units")(Deeper()), r"lacks network.blocks.3.conv"),
+    "shallower": (wrap(2), lambda: wrap(2)(Lit(Net(blocks=2))), r"has also network.blocks.2"),
+    "method": (
+        wrap("units"),
+        lambda: LocalLearner(Lit(), "SGR"),
+        r"Linear x CrossEntropy x Isolated .* has Conv x CrossEntropy x GradientReconc",
+    ),
+    "end to end": (wrap("units"), lambda: wrap(1)(Lit()), r"method Linear x .* has EndToEnd"),
+    "heads": (conv(4), lambda: conv(5)(Lit()), r"not those of the learner's Conv .* other shapes"),
+    "plain": (lambda module: module, lambda: wrap(2)(Lit()), "written by the plain module"),
+    "one module": (
+        lambda module: LocalLearner(module, "Greedy", 2),
+        lambda: LocalLearner(Lit(), "Greedy", 1),
+        r"pass partition=\['blocks.0'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_checkpoint_of_something_else_is_refused_and_nothing_changes(case, tmp_path, quiet):
+    saved_by, make, message = REFUSED[case]
+    path = tmp_path / "a.ckpt"
+    file_of(saved_by, path, quiet)
+    before_file = path.read_bytes()
+    learner = make()
+    before = {k: v.clone() for k, v in learner.module.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        resume(learner, path, quiet)
+    assert path.read_bytes() == before_file
+    for name, tensor in learner.module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, 0.99])
+def test_a_truncated_file_is_named(keep, tmp_path, quiet):
+    path = tmp_path / "a.ckpt"
+    file_of(wrap(2), path, quiet)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(ValueError, match=r"a.ckpt' is truncated .* resume from an older one"):
+        resume(wrap(2)(Lit()), path, quiet)
+    with pytest.raises(ValueError, match="is truncated"):
+        L.Trainer(**quiet).validate(wrap(2)(Lit()), data(shuffle=False), ckpt_path=path)
+
+
+def test_a_file_of_a_newer_format_is_refused(tmp_path, quiet):
+    path = tmp_path / "a.ckpt"
+    file_of(wrap(2), path, quiet)
+    content = torch.load(path, weights_only=True)
+    content["lightning_local"]["version"] = 99
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="version 99 .* install a newer one"):
+        resume(wrap(2)(Lit()), path, quiet)
+
+
+def test_a_save_that_is_cut_short_leaves_the_last_file(tmp_path, quiet, monkeypatch):
+    from fsspec.implementations.local import LocalFileOpener
+
+    path = tmp_path / "a.ckpt"
     trainer, _ = run(wrap(2), quiet, epochs=1)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="partition=\\['blocks.0'\\]"):
-        L.Trainer(max_epochs=2, **quiet).fit(
-            wrap("units")(Lit()), data(), data(), ckpt_path=tmp_path / "a.ckpt"
-        )
-    trainer, _ = run(lambda module: module, quiet, epochs=1)
-    trainer.save_checkpoint(tmp_path / "b.ckpt")
-    with pytest.raises(ValueError, match="written by the plain module"):
-        L.Trainer(max_epochs=2, **quiet).fit(
-            wrap(2)(Lit()), data(), data(), ckpt_path=tmp_path / "b.ckpt"
-        )
+    trainer.save_checkpoint(path)
+    before = path.read_bytes()
+
+    def write(self, content):
+        self.f.write(content[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(LocalFileOpener, "write", write, raising=False)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.save_checkpoint(path)
+    assert path.read_bytes() == before
+
+
+def test_the_entry_is_complete_and_of_plain_types(tmp_path, quiet):
+    learner = file_of(wrap("units"), tmp_path / "a.ckpt", quiet)
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    entry = content["lightning_local"]
+    assert entry["method"] == "Linear x CrossEntropy x Isolated"
+    assert entry["split_points"] == list(learner.split_points)
+    assert entry["boundaries"] == [[6, 6, 6]] * 3
+    assert len(entry["heads"]) == 6
+    assert len(content["optimizer_states"]) == len(content["lr_schedulers"]) == 4
+    assert set(content["state_dict"]) == set(Lit().state_dict())
+    assert len(entry["streams"]["cpu"]) == 4
+    assert set(entry["random"]) == {"torch", "cuda", "python", "numpy"}
+
+
+def test_a_learner_says_how_to_load_its_files(tmp_path, quiet):
+    file_of(wrap(2), tmp_path / "a.ckpt", quiet)
+    with pytest.raises(TypeError, match="one of the module inside: load it with that class"):
+        LocalLearner.load_from_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_validate_test_and_predict_are_the_users(tmp_path, quiet):

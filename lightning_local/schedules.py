@@ -1,0 +1,98 @@
+"""Learning-rate schedulers: stepped at the moments, and by the rules, of automatic optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+__all__ = ["Schedules"]
+
+
+class Schedules:
+    """The schedulers of all local modules during one fit.
+
+    Lightning's epoch loop asks for updates under manual optimization too, and then does nothing
+    with them; this answers in its place, until `close`.
+
+    Args:
+        learner: Its `lr_scheduler_step` makes the steps.
+        configs: Complete configs, with the keys that Lightning drops under manual optimization.
+    """
+
+    def __init__(self, learner: pl.LightningModule, configs: Sequence[LRSchedulerConfig]) -> None:
+        self._learner = learner
+        self._configs = list(configs)
+        self._epoch_waits = False
+        learner.trainer.fit_loop.epoch_loop.__dict__["update_lr_schedulers"] = self.update
+
+    def close(self) -> None:
+        """Gives the loop its own answer back."""
+        self._learner.trainer.fit_loop.epoch_loop.__dict__.pop("update_lr_schedulers", None)
+
+    def update(self, interval: str, update_plateau_schedulers: bool) -> None:
+        """Steps the schedulers that are due.
+
+        Args:
+            interval: `"step"` or `"epoch"`.
+            update_plateau_schedulers: Only those that wait for a metric, or only the others.
+
+        Raises:
+            MisconfigurationException: A strict config's metric was not logged.
+        """
+        trainer = self._learner.trainer
+        loop = trainer.fit_loop.epoch_loop
+        if interval == "step" and loop._should_accumulate():
+            return
+        if interval == "epoch":
+            self._epoch_waits = not update_plateau_schedulers
+        for config in self._due(interval, update_plateau_schedulers):
+            metric = None
+            if config.reduce_on_plateau:
+                assert config.monitor is not None
+                metric = trainer.callback_metrics.get(config.monitor)
+                if metric is None:
+                    message = (
+                        f"ReduceLROnPlateau waits for the metric {config.monitor!r}, which was not "
+                        f"logged; there are {sorted(trainer.callback_metrics)}."
+                    )
+                    if config.strict:
+                        raise MisconfigurationException(message)
+                    rank_zero_warn(f"{message} The learning rate stays.", category=RuntimeWarning)
+                    continue
+            self._learner.lr_scheduler_step(config.scheduler, metric)
+
+    def _due(self, interval: str, plateau: bool) -> list[LRSchedulerConfig]:
+        trainer = self._learner.trainer
+        done = (
+            trainer.fit_loop.epoch_loop.batch_idx if interval == "step" else trainer.current_epoch
+        )
+        return [
+            config
+            for config in self._configs
+            if config.interval == interval
+            and config.reduce_on_plateau == plateau
+            and (done + 1) % config.frequency == 0
+        ]
+
+    def save(self) -> dict[str, float]:
+        """Metrics that the schedulers of this epoch's end still wait for.
+
+        Checkpoints of an epoch's end are written before `ReduceLROnPlateau` steps, and a resumed
+        run never comes back to that moment.
+        """
+        if not self._epoch_waits:
+            return {}
+        waiting: Any = {config.monitor for config in self._due("epoch", plateau=True)}
+        found = self._learner.trainer.callback_metrics
+        return {name: float(found[name]) for name in sorted(waiting) if name in found}
+
+    def load(self, metrics: dict[str, float]) -> None:
+        """Makes the steps that a run was saved ahead of."""
+        for config in self._configs:
+            if config.reduce_on_plateau and config.monitor in metrics:
+                self._learner.lr_scheduler_step(config.scheduler, metrics[config.monitor])

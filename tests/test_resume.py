@@ -1,0 +1,161 @@
+"""A resumed run equals our uninterrupted one, bit for bit."""
+
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from simple import Lit, data
+from torch.optim import lr_scheduler as schedulers
+
+from lightning_local import LocalLearner, methods
+
+# Lightning notes that the callback which saved the file is not there.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+METHODS = {
+    "EndToEnd": methods.EndToEnd,
+    "Greedy": methods.Greedy,
+    "BackLink": methods.BackLink,
+    "SGR": methods.SGR,
+    "AugLocal": lambda: methods.AugLocal(depth=1),
+}
+
+
+class Scheduled(Lit):
+    """Dropout in the network, noise in the step, and a schedule that waits for a metric."""
+
+    kind = "plateau"
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((torch.rand(1), random.random(), np.random.rand()))
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+        if self.kind == "step":
+            return [optimizer], [schedulers.StepLR(optimizer, 1, 0.5)]
+        scheduler = schedulers.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1.0)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": "val/loss"}
+
+
+def train(quiet, method, path=None, epochs=3, seed=3, kind="plateau", loader=None, **options):
+    L.seed_everything(seed, verbose=False)
+    module = Scheduled()
+    module.kind = kind
+    learner = LocalLearner(module, METHODS[method]())
+    if path is not None:
+        L.seed_everything(99, verbose=False)
+    trainer = L.Trainer(max_epochs=epochs, **{**quiet, **options})
+    trainer.fit(learner, loader or data(), data(shuffle=False), ckpt_path=path)
+    return trainer, learner
+
+
+def same(a, b):
+    assert a[0].global_step == b[0].global_step
+    rates = [[g["lr"] for o in t.optimizers for g in o.param_groups] for t in (a[0], b[0])]
+    assert rates[0] == rates[1]
+    assert max(rates[0]) < 0.05
+    for name, tensor in a[1].state_dict().items():
+        assert torch.equal(tensor, b[1].state_dict()[name]), name
+    drawn = a[1].module.seen[-len(b[1].module.seen) :]
+    assert drawn == b[1].module.seen
+    assert len(drawn) > 0
+
+
+@pytest.mark.parametrize("kind", ["plateau", "step"])
+@pytest.mark.parametrize("method", METHODS)
+def test_after_the_fit_with_shuffle_and_dropout(method, kind, tmp_path, quiet):
+    whole = train(quiet, method, kind=kind)
+    first = train(quiet, method, epochs=1, kind=kind)
+    first[0].save_checkpoint(tmp_path / "a.ckpt")
+    same(whole, train(quiet, method, tmp_path / "a.ckpt", kind=kind))
+
+
+SAVES = {
+    "after validation": {},
+    "after the epoch": {"save_on_train_epoch_end": True},
+}
+
+
+@pytest.mark.parametrize("when", SAVES)
+@pytest.mark.parametrize("method", ["EndToEnd", "BackLink"])
+def test_from_a_file_of_an_epochs_end(when, method, tmp_path, quiet):
+    options = {**quiet, "enable_checkpointing": True}
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, **SAVES[when])
+    whole = train(options, method, callbacks=[saving])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"epoch={e}.ckpt" for e in range(3)]
+    for epoch in range(2):
+        same(whole, train(quiet, method, tmp_path / f"epoch={epoch}.ckpt"))
+
+
+class Stateful:
+    """A shuffling loader that can go on where it was."""
+
+    def __init__(self, size=8):
+        self.dataset = data().dataset
+        self.size = size
+        self.order, self.position, self.loaded = [], 0, False
+
+    def __len__(self):
+        return len(self.dataset) // self.size
+
+    def __iter__(self):
+        if not self.loaded:
+            self.order, self.position = torch.randperm(len(self.dataset)).tolist(), 0
+        self.loaded = False
+        while self.position < len(self):
+            rows = self.order[self.position * self.size : (self.position + 1) * self.size]
+            self.position += 1
+            yield tuple(t[rows] for t in self.dataset.tensors)
+
+    def state_dict(self):
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state):
+        self.order, self.position, self.loaded = state["order"], state["position"], True
+
+
+@pytest.mark.parametrize("method", ["EndToEnd", "BackLink", "SGR"])
+def test_in_an_epoch_with_a_stateful_loader(method, tmp_path, quiet):
+    options = {**quiet, "enable_checkpointing": True}
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
+    whole = train(options, method, callbacks=[saving], loader=Stateful(), kind="step")
+    assert len(Stateful()) == 5
+    assert whole[0].global_step == 15
+    for step in (2, 4, 6, 12):
+        resumed = train(
+            quiet, method, tmp_path / f"step={step}.ckpt", loader=Stateful(), kind="step"
+        )
+        assert len(resumed[1].module.seen) == 15 - step
+        same(whole, resumed)
+
+
+def half(init_scale=2.0**15, interval=4):
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=interval)
+    return MixedPrecision("16-mixed", "cpu", scaler)
+
+
+@pytest.mark.parametrize("method", ["BackLink", "SGR"])
+def test_the_scaler_of_every_module_comes_back(method, tmp_path, quiet):
+    whole = train(quiet, method, plugins=[half()], kind="step")
+    first = train(quiet, method, epochs=1, plugins=[half()], kind="step")
+    first[0].save_checkpoint(tmp_path / "a.ckpt")
+    resumed = train(quiet, method, tmp_path / "a.ckpt", plugins=[half()], kind="step")
+    same(whole, resumed)
+    states = [run[1].loop.scalers.save() for run in (whole, resumed)]
+    assert len(states[0]) == 4
+    assert states[0] == states[1]
+
+
+def test_averaged_weights_come_back(tmp_path, quiet):
+    whole = train(quiet, "Greedy", callbacks=[EMAWeightAveraging(decay=0.5)])
+    options = {**quiet, "enable_checkpointing": True}
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    train(options, "Greedy", epochs=1, callbacks=[EMAWeightAveraging(decay=0.5), saving])
+    resumed = train(
+        quiet, "Greedy", tmp_path / "epoch=0.ckpt", callbacks=[EMAWeightAveraging(decay=0.5)]
+    )
+    same(whole, resumed)
