@@ -65,6 +65,8 @@ class LocalLearner(pl.LightningModule):
         optimizer: Function from parameters to an optimizer, called per local module; default the
             user's own optimizer, cloned per local module with groups and schedulers.
         lr_scheduler: Function from an optimizer to a scheduler (per epoch); needs `optimizer`.
+        compile: Compile each body and head with `torch.compile`; a method that differentiates local
+            modules twice (SGR) leaves those eager, and says so.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -90,6 +92,7 @@ class LocalLearner(pl.LightningModule):
         out_features: int | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         check_module(module)
@@ -98,7 +101,8 @@ class LocalLearner(pl.LightningModule):
         self.automatic_optimization = False
         self.module = module
         end_to_end = ends_to_end(self.partition)
-        self.network_name = "." if end_to_end and network is None else find_network(module, network)
+        whole = end_to_end and network is None and not compile
+        self.network_name = "." if whole else find_network(module, network)
         if not end_to_end:
             check_names(self.network, self.partition, self.network_name)
         # In a tuple, so that it is no submodule: each local module has a copy of its own.
@@ -107,6 +111,7 @@ class LocalLearner(pl.LightningModule):
         self.out_features = out_features
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
+        self.compiles = compile
         self.local_modules = nn.ModuleList()
         self.split_points: tuple[str, ...] = ()
         self.cutting: Any = None

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_local.compiling import Compiled
 from lightning_local.couplings import Work
 from lightning_local.hooks import SavingByStep
 from lightning_local.message import Message
-from lightning_local.metrics import LocalMetrics
+from lightning_local.metrics import LocalMetrics, Publisher
 from lightning_local.optim import count_once
 from lightning_local.precision import LossScalers
 from lightning_local.randomness import set_global_states
@@ -58,6 +59,8 @@ class TrainingLoop:
         self.scalers = LossScalers(self.trainer, self.num_modules)
         self.schedules = Schedules(learner, learner.configs)
         self._saving = SavingByStep(learner)
+        self._publisher = Publisher(self.trainer)
+        self._compiled = Compiled(learner)
         self.coupling = learner.method.coupling
         optimizers = learner.optimizers()
         self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
@@ -81,6 +84,8 @@ class TrainingLoop:
         """Takes what the loop hung on the Trainer off it again."""
         self.schedules.close()
         self._saving.close()
+        self._publisher.close()
+        self._compiled.close()
 
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch through all local modules.
@@ -88,6 +93,10 @@ class TrainingLoop:
         Returns:
             What the user's `training_step` returned.
         """
+        with self._compiled.running():
+            return self._run(batch, batch_idx)
+
+    def _run(self, batch: Any, batch_idx: int) -> Any:
         learner = self.learner
         count_once(self.trainer, counted=self.owned[-1])
         inputs, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
@@ -221,10 +230,10 @@ class TrainingLoop:
             return
         self.metrics.check()
         if self.num_modules > 1 and not self.trainer.barebones:
-            self.learner.log_dict(self.metrics.read(), on_step=True, on_epoch=False)
+            self._publisher.publish(self.metrics.read())
 
     def log_epoch(self) -> None:
         """Logs the epoch's means of the local metrics."""
         self.metrics.check()
         if self.num_modules > 1 and not self.trainer.barebones:
-            self.learner.log_dict(self.metrics.read(epoch=True), on_step=False, on_epoch=True)
+            self._publisher.publish(self.metrics.read(epoch=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import torch
 
 from lightning_local.losses import per_item
@@ -16,11 +17,15 @@ from lightning_local.wrapping import as_inputs
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["HeadAccuracy", "LocalMetrics", "after_heads"]
+__all__ = ["HeadAccuracy", "LocalMetrics", "Publisher", "after_heads"]
 
 
-def _hits(output: Any, target: Any) -> tuple[torch.Tensor, int] | None:
-    """Number of right predictions and of predictions, if the targets are class indices."""
+# Outputs of up to this many numbers wait for the end of the step, to be counted together.
+_SMALL = 2**16
+
+
+def _countable(output: Any, target: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Logits `(n, C)` and class indices `(n,)`, if that is what they are."""
     if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
         return None
     if target.is_floating_point() or target.dtype == torch.bool:
@@ -28,11 +33,22 @@ def _hits(output: Any, target: Any) -> tuple[torch.Tensor, int] | None:
     logits, labels = per_item(output.detach(), target)
     if logits.ndim != 2 or labels.ndim != 1 or len(logits) != len(labels):
         return None
-    return (logits.argmax(1) == labels).sum(), len(labels)
+    return logits, labels
+
+
+def _put(row: torch.Tensor, ks: list[int], values: torch.Tensor) -> None:
+    """`row[ks] = values` without an index tensor, whose way to the device the host would await."""
+    if ks == list(range(ks[0], ks[0] + len(ks))):
+        row[ks[0] : ks[0] + len(ks)] = values
+    else:
+        for k, value in zip(ks, values.unbind(), strict=True):
+            row[k] = value
 
 
 class LocalMetrics:
     """Losses, accuracies and penalties of K local modules over a window of steps and an epoch.
+
+    A step only notes what the modules made; `close_step` then works on all of them at once.
 
     Args:
         num_modules: K.
@@ -43,13 +59,15 @@ class LocalMetrics:
         self._k = num_modules
         # Rows: steps, loss, penalty, right predictions, predictions; the epoch's, the window's
         # (MPS has no float64).
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(2, 5, num_modules, dtype=dtype, device=device)
-        self._step = torch.zeros(5, num_modules, dtype=dtype, device=device)
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, 5, num_modules, dtype=self._dtype, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._has_hits = [False] * num_modules
         # Steps with a penalty, which `every` makes fewer; counted on the host, as rows of `_sums`.
         self._penalties = [[0] * num_modules, [0] * num_modules]
+        # Of the step that is going on: values by row and module, and outputs still to be counted.
+        self._values: dict[tuple[int, int], torch.Tensor] = {}
+        self._outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(
         self,
@@ -59,27 +77,55 @@ class LocalMetrics:
         target: Any,
         penalty: torch.Tensor | None = None,
     ) -> None:
-        """Notes what module k did in this step; runs on the device only."""
-        self._step[0, k] = 1
-        self._step[1, k] = loss.detach()
+        """Notes what module k did in this step; nothing is read from the device."""
+        self._values[1, k] = loss.detach()
         if penalty is not None:
-            self._step[2, k] = penalty
+            self._values[2, k] = penalty
             for counts in self._penalties:
                 counts[k] += 1
-        found = _hits(output, target)
-        if found is not None:
-            self._step[3, k] = found[0]
-            self._step[4, k] = found[1]
-            self._has_hits[k] = True
+        pair = _countable(output, target)
+        if pair is None:
+            return
+        self._has_hits[k] = True
+        if pair[0].numel() <= _SMALL:
+            self._outputs[k] = pair
+        else:
+            self._values[3, k] = (pair[0].argmax(1) == pair[1]).sum()
+            self._values[4, k] = self._values[3, k].new_full((), len(pair[1]))
 
     def close_step(self, step: int) -> None:
         """Adds the step to window and epoch, and marks the first loss that is not finite."""
-        bad = ~torch.isfinite(self._step[1])
+        sums = torch.zeros_like(self._sums[0])
+        for row in (1, 2, 3, 4):
+            ks = [k for r, k in self._values if r == row]
+            if ks:
+                values = [self._values[row, k] for k in ks]
+                _put(
+                    sums[row],
+                    ks,
+                    torch.stack([v if v.ndim == 0 else v.reshape(()) for v in values]),
+                )
+                if row == 1:
+                    _put(sums[0], ks, torch.ones_like(sums[0, : len(ks)]))
+        for ks in self._alike():
+            labels = self._outputs[ks[0]][1]
+            found = torch.stack([self._outputs[k][0] for k in ks]).argmax(2) == labels
+            _put(sums[3], ks, found.sum(1))
+            _put(sums[4], ks, torch.full_like(sums[4, : len(ks)], len(labels)))
+        self._values, self._outputs = {}, {}
+        bad = ~torch.isfinite(sums[1])
         found = step * self._k + bad.to(torch.uint8).argmax()
         fresh = (self._first_bad < 0) & bad.any()
         self._first_bad = torch.where(fresh, found, self._first_bad)
-        self._sums += self._step
-        self._step.zero_()
+        self._sums += sums
+
+    def _alike(self) -> list[list[int]]:
+        """The modules whose outputs can be counted together: one form, the same targets."""
+        groups: dict[Any, list[int]] = {}
+        for k, (logits, labels) in self._outputs.items():
+            form = (logits.shape, logits.dtype, labels.data_ptr(), labels.shape)
+            groups.setdefault(form, []).append(k)
+        return list(groups.values())
 
     def check(self) -> None:
         """Raises if a loss was not finite; reads one number from the device.
@@ -98,26 +144,59 @@ class LocalMetrics:
             )
 
     def read(self, epoch: bool = False) -> dict[str, torch.Tensor]:
-        """Means over the window (or the epoch), and starts it anew.
+        """Means over the window (or the epoch), and starts it anew; one copy from the device.
 
         Returns:
             `local/<k>/loss`, `/accuracy` where targets are class indices, `/reconciliation` (mean
             penalty over mean loss) where the coupling has one; for the epoch with `_epoch` behind.
         """
         row = 0 if epoch else 1
-        steps, loss, penalty, hits, count = self._sums[row].clone()
+        steps, loss, penalty, hits, count = self._sums[row].cpu()
         self._sums[row].zero_()
         penalties, self._penalties[row] = self._penalties[row], [0] * self._k
         suffix = "_epoch" if epoch else ""
+        means = (loss / steps).float()
+        accuracies = (hits / count).float().unbind()
+        ratios = (penalty / torch.tensor(penalties) / (loss / steps)).float().unbind()
         values: dict[str, torch.Tensor] = {}
-        for k in range(self._k):
-            values[f"local/{k:02d}/loss{suffix}"] = (loss[k] / steps[k]).float()
+        for k, mean in enumerate(means.unbind()):
+            values[f"local/{k:02d}/loss{suffix}"] = mean
             if self._has_hits[k]:
-                values[f"local/{k:02d}/accuracy{suffix}"] = (hits[k] / count[k]).float()
+                values[f"local/{k:02d}/accuracy{suffix}"] = accuracies[k]
             if penalties[k]:
-                ratio = (penalty[k] / penalties[k]) / (loss[k] / steps[k])
-                values[f"local/{k:02d}/reconciliation{suffix}"] = ratio.float()
+                values[f"local/{k:02d}/reconciliation{suffix}"] = ratios[k]
         return values
+
+
+class Publisher:
+    """Hands values to loggers and callbacks in Lightning's next call, as one more part of it.
+
+    `self.log` costs 0.2 ms and more per value, since it goes through all earlier ones; K local
+    modules would make it the largest part of a step.
+
+    Args:
+        trainer: Whose loggers and callbacks.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._connector = trainer._logger_connector
+
+    def publish(self, values: dict[str, torch.Tensor]) -> None:
+        """Callbacks see the values at once, loggers with what the user logs in this step."""
+        connector = self._connector
+        connector._callback_metrics.update(values)
+        connector._logged_metrics.update(values)
+        log = type(connector).log_metrics.__get__(connector)
+
+        def log_metrics(metrics: dict[str, Any], step: int | None = None) -> None:
+            self.close()
+            log({**metrics, **values}, step)
+
+        connector.__dict__["log_metrics"] = log_metrics
+
+    def close(self) -> None:
+        """Gives the connector its own method back."""
+        self._connector.__dict__.pop("log_metrics", None)
 
 
 class HeadAccuracy:
@@ -133,10 +212,10 @@ class HeadAccuracy:
 
     def update(self, k: int, output: Any, target: Any) -> None:
         """Counts one batch of module k."""
-        found = _hits(output, target)
-        if found is not None:
-            self._counts[0, k] += found[0]
-            self._counts[1, k] += found[1]
+        pair = _countable(output, target)
+        if pair is not None:
+            self._counts[0, k] += (pair[0].argmax(1) == pair[1]).sum()
+            self._counts[1, k] += len(pair[1])
 
     def compute(self) -> torch.Tensor:
         """Accuracies `(K,)` in [0, 1]; NaN where nothing could be counted."""

@@ -33,14 +33,20 @@ _WEIGHTED_FUNCTIONS = {
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks hang on the module itself; they would not run if it were opened."""
+    """Whether hooks hang on the module itself; they would not run if it were opened.
+
+    Those of Lightning's PyTorchProfiler only time it, and are no reason not to open it.
+    """
+    hooks = [
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    ]
+    functions = [getattr(hook, "func", hook) for hook in hooks]
     return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
+        not str(getattr(function, "__module__", "")).startswith("lightning.pytorch.profilers")
+        for function in functions
     )
 
 

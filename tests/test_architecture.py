@@ -35,6 +35,7 @@ LAYERS = [
     {"methods"},
     {"hooks", "wrapping", "optim", "precision", "schedules", "arguments"},
     {"build", "metrics", "state"},
+    {"compiling"},
     {"callbacks", "loop"},
     {"learner"},
     {"cli"},

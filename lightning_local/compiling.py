@@ -1,0 +1,80 @@
+"""`compile=True`: every body and head of its own is compiled, in place and for the run.
+
+The whole LightningModule can't be: its step runs K backwards. A compiled body is exact up to the
+compiler's own rounding. What is differentiated twice stays eager, since compiled code has no second
+derivative.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch._functorch.config
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
+
+__all__ = ["Compiled"]
+
+
+class Compiled:
+    """Compiles local modules, until `close`.
+
+    Args:
+        learner: Whose local modules, or whose network if there is only one; nothing is compiled
+            unless it was asked to.
+    """
+
+    def __init__(self, learner: LocalLearner) -> None:
+        self._targets: list[nn.Module] = []
+        if not learner.compiles:
+            return
+        modules, coupling = learner.modules_in_order(), learner.method.coupling
+        # The first local module's input needs no gradient, so it has no second derivative either.
+        chosen = modules[:1] if coupling.second_derivative else modules
+        for module in chosen:
+            self._targets += [m for m in (module.body, module.head) if m is not None]
+        if not modules:
+            self._targets = [learner.network]
+        if len(chosen) < len(modules):
+            rank_zero_warn(
+                f"compile=True: {type(coupling).__name__} differentiates local modules 1 to "
+                f"{len(modules) - 1} twice, which compiled code can't do, so they stay eager; "
+                "local module 0 is compiled."
+            )
+        for number, target in enumerate(self._targets):
+            # In the place that torch's own Module.compile fills.
+            target._compiled_call_impl = functools.partial(_compiled(number), target)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around each step: code compiled inside may be run backward as often as the loop does."""
+        if not self._targets:
+            yield
+            return
+        # By default the compiler frees what one backward has used, and a backward link comes twice.
+        with torch._functorch.config.patch(donated_buffer=False):
+            yield
+
+    def close(self) -> None:
+        """Makes everything eager again."""
+        for target in self._targets:
+            target._compiled_call_impl = None
+
+
+def _compiled(number: int) -> Callable[..., Any]:
+    """`module(*values)`, compiled under a code object of its own.
+
+    The compiler keeps 8 variants per code object and then falls back to eager; Module.compile
+    would put all local modules under one.
+    """
+    name = f"local_{number}"
+    scope: dict[str, Any] = {}
+    exec(f"def {name}(module, *values): return module._call_impl(*values)", scope)
+    compiled: Callable[..., Any] = torch.compile(scope[name])
+    return compiled

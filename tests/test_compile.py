@@ -1,0 +1,110 @@
+"""`compile=True`: the same numbers, without graph breaks, and eager again afterwards."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from simple import Lit, Net, run
+from torch import nn
+from torch._dynamo.utils import counters
+
+from lightning_local import LocalLearner, methods
+
+# torch/_dynamo/variables/builder.py hides it by replacing showwarning, which an error filter passes.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+class Still(nn.Module):
+    """Without dropout, whose random numbers compiled code draws in another way."""
+
+    def __init__(self, net=None):
+        super().__init__()
+        net = net or Net()
+        self.stem, self.blocks, self.fc = net.stem, net.blocks, net.fc
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Captures and differentiates as ever, without generating C++; counts graphs and breaks."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
+
+
+METHODS = {
+    "EndToEnd": methods.EndToEnd,
+    "Greedy": methods.Greedy,
+    "AugLocal": lambda: methods.AugLocal(depth=1),
+    "BackLink": methods.BackLink,
+    "SGR": methods.SGR,
+}
+
+
+def train(method, compile, quiet, **options):
+    def make(module):
+        return LocalLearner(module, METHODS[method](), compile=compile)
+
+    with warnings.catch_warnings():
+        if compile and method == "SGR":
+            warnings.filterwarnings("ignore", message="compile=True: GradientReconciliation")
+        return run(make, quiet, lambda: Lit(Still()), epochs=1, **options)[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_equals_eager_without_a_graph_break(method, quick, quiet):
+    eager = train(method, False, quiet)
+    assert counters["stats"]["unique_graphs"] == 0
+    compiled = train(method, True, quiet)
+    # Bodies and heads; the network in one piece is compiled for evaluation too.
+    graphs = {"EndToEnd": 2, "Greedy": 7, "AugLocal": 5, "BackLink": 7, "SGR": 2}
+    # The last batch is smaller: a second graph with a symbolic size.
+    assert counters["stats"]["unique_graphs"] == 2 * graphs[method]
+    assert sum(counters["graph_break"].values()) == 0
+    for name, tensor in eager.state_dict().items():
+        torch.testing.assert_close(tensor, compiled.state_dict()[name], rtol=1e-4, atol=1e-6)
+    assert all(m._compiled_call_impl is None for m in compiled.modules())
+
+
+def test_many_local_modules_are_all_compiled(quick, quiet):
+    """The compiler's limit of 8 variants per code object holds for each of them by itself."""
+
+    def make(module):
+        return LocalLearner(module, "Greedy", compile=True)
+
+    _, learner = run(make, quiet, lambda: Lit(Still(Net(blocks=11))), epochs=1, max_steps=1)
+    assert learner.num_modules == 12
+    assert counters["stats"]["unique_graphs"] == 23
+    assert not counters["recompile_limit"]
+
+
+def test_what_is_differentiated_twice_stays_eager_and_says_so_once(quick, quiet):
+    with pytest.warns(UserWarning, match="local modules 1 to 3 twice, .* so they stay eager") as w:
+        run(lambda m: LocalLearner(m, "SGR", compile=True), quiet, lambda: Lit(Still()))
+    assert sum("stay eager" in str(each.message) for each in w) == 1
+
+
+@pytest.mark.parametrize("method", ["BackLink"])
+def test_with_generated_code(method, quiet):
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(36, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x.flatten(1))))
+
+    torch._dynamo.reset()
+    found = []
+    for compile in (False, True):
+        method = methods.BackLink(head=methods.Greedy().head)
+        make = functools.partial(LocalLearner, method=method, compile=compile)
+        found.append(run(make, quiet, lambda: Lit(Small()), epochs=1)[1].state_dict())
+    torch._dynamo.reset()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-4, atol=1e-6)
