@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_local.dryrun import on_fakes
 from lightning_local.local_module import LocalModule
@@ -21,7 +22,7 @@ from lightning_local.place import Place, Unit
 from lightning_local.randomness import seed_for
 from lightning_local.wrapping import as_inputs
 
-__all__ = ["example_inputs", "make_local_modules"]
+__all__ = ["example_inputs", "make_local_modules", "parameters_per_module"]
 
 
 def example_inputs(
@@ -118,8 +119,25 @@ def make_local_modules(
             objective = method.loss.build(place, criterion)
         modules.append(LocalModule(body, head, objective))
     modules.append(LocalModule(cutting.bodies[-1], None, None))
-    _find_in_place(network, modules, inputs)
+    _dry_run(network, modules, inputs)
     return cutting, modules
+
+
+def parameters_per_module(
+    module: nn.Module, modules: Sequence[LocalModule]
+) -> tuple[list[list[nn.Parameter]], list[list[nn.Parameter]]]:
+    """For each local module its parameters of the user's module, and those of its head.
+
+    What lies outside the network belongs to the last local module; without local modules,
+    everything belongs to the one there is.
+    """
+    if not modules:
+        return [list(module.parameters())], [[]]
+    bodies = [list(each.body.parameters()) for each in modules]
+    taken = {id(p) for parameters in bodies for p in parameters}
+    bodies[-1].extend(p for p in module.parameters() if id(p) not in taken)
+    # A body registers nothing, so a local module's own parameters are its head's.
+    return bodies, [list(each.parameters()) for each in modules]
 
 
 def _output_form(output: Any, out_features: int | None, name: str) -> tuple[int, bool]:
@@ -136,26 +154,32 @@ def _output_form(output: Any, out_features: int | None, name: str) -> tuple[int,
     )
 
 
-def _find_in_place(network: nn.Module, modules: Sequence[LocalModule], inputs: Any) -> None:
-    """Marks bodies and heads whose first operation overwrites the hidden state they get.
+def _dry_run(network: nn.Module, modules: Sequence[LocalModule], inputs: Any) -> None:
+    """Finds what only running tells: what is overwritten in place, and what a forward costs.
 
-    Found in a dry run of the whole chain: a tensor's version counts what was done to it in place.
+    A tensor's version counts what was done to it in place.
     """
     with torch.random.fork_rng(devices=[]):
         heads = [copy.deepcopy(module.head) for module in modules]
 
     def run(host: nn.Module, *values: Any) -> None:
         current: tuple[Any, ...] = values
+        first = values[0]
+        samples = first.shape[0] if isinstance(first, torch.Tensor) and first.ndim else 1
         for module, head in zip(modules, heads, strict=True):
             body = module.body
             given = [v for v in current[:1] if isinstance(v, torch.Tensor)]
             before = [v._version for v in given]
-            current = body.codes[True].function(host, *current)
+            with FlopCounterMode(display=False) as counter:
+                current = body.codes[True].function(host, *current)
+            module.body_flops = counter.get_total_flops() // samples
             body.in_place = before != [v._version for v in given]
             if head is None:
                 return
             version = current[0]._version
-            _fake_head(head, current[0])
+            with FlopCounterMode(display=False) as counter:
+                _fake_head(head, current[0])
+            module.head_flops = counter.get_total_flops() // samples
             module.head_in_place = current[0]._version != version
 
     on_fakes(network, run, inputs)

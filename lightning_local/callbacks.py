@@ -2,61 +2,100 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
+from lightning_local.meter import Meter
 from lightning_local.metrics import HeadAccuracy
+from lightning_local.pictures import draw
+from lightning_local.tables import print_results, print_summary
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["LocalSummary", "Restore", "with_ours"]
+__all__ = ["LocalSummary", "Restore", "wants_heads", "with_ours"]
 
-_RICH = RequirementCache("rich")
+_MATPLOTLIB = RequirementCache("matplotlib")
 
 
 class LocalSummary(pl.Callback):
-    """Prints the local modules at the start of a fit and, if asked, their accuracy at its end.
+    """Prints the local modules at the start of a fit, and what they reached at its end.
 
-    The learner adds one when none is given.
+    The learner adds one when none is given. The table at the start has units, parameters, forward
+    FLOPs and shapes. With a logger, the curves of the epochs' local losses are drawn in its folder
+    (`local_loss.png`, needs matplotlib).
 
     Args:
         head_accuracy: In validation and test, run the chain of bodies and all heads on every batch
-            (without gradients), log `local/<k>/val_accuracy` and print the table after `fit`.
+            (without gradients), log `local/<k>/val_accuracy`, print the last ones after `fit` and
+            draw them over depth (`local_accuracy.png`).
+        memory: Measure the peak memory of each local module in the second optimizer step of a fit
+            (which becomes slower, and on CUDA resets the device's peak statistics) and print it.
+        pictures: Draw.
+
+    Attributes:
+        accuracies: Of the heads, in the last validation or test; in [0, 1].
+        peaks: Bytes, one number per local module.
 
     Example:
         >>> LocalSummary(head_accuracy=True).head_accuracy
         True
     """
 
-    def __init__(self, head_accuracy: bool = False) -> None:
+    def __init__(
+        self, head_accuracy: bool = False, memory: bool = False, pictures: bool = True
+    ) -> None:
         self.head_accuracy = head_accuracy
+        self.memory = memory
+        self.pictures = pictures
         self.accuracies: list[float] = []
+        self.peaks: list[int] = []
+        self._validations: list[list[float]] = []
+        self._curves: dict[str, list[torch.Tensor]] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints units, sizes and shapes of the local modules."""
+        """Prints units, sizes, FLOPs and shapes of the local modules."""
         learner = _learner(pl_module)
-        self.accuracies = []
+        self.accuracies, self.peaks, self._validations = [], [], []
+        self._curves = {"loss": [], "accuracy": []}
         if learner.num_modules > 1:
-            _print_table(
-                f"{type(learner.method).__name__}: {len(learner.cutting.unit_points) + 1} units in "
-                f"{learner.num_modules} local modules",
-                [
-                    "module",
-                    "cut after",
-                    "units",
-                    "parameters",
-                    "head parameters",
-                    "input",
-                    "output",
-                ],
-                _rows(learner),
-            )
+            print_summary(learner)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the last epoch's curves."""
+        self._keep(trainer, _learner(pl_module))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the last epoch's curves."""
+        self._keep(trainer, _learner(pl_module))
+
+    def _keep(self, trainer: pl.Trainer, learner: LocalLearner) -> None:
+        for kind, rows in self._curves.items():
+            names = [f"local/{k:02d}/{kind}_epoch" for k in range(learner.num_modules)]
+            if len(rows) < trainer.current_epoch and all(
+                name in trainer.callback_metrics for name in names
+            ):
+                rows.append(torch.stack([trainer.callback_metrics[name] for name in names]))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures the second step, when the optimizers have their states."""
+        learner = _learner(pl_module)
+        if not self.memory or learner.num_modules == 1 or learner.loop is None:
+            return
+        done = learner.loop.optimizer_steps
+        if done == 1 and learner.loop.meter is None:
+            learner.loop.meter = Meter(learner.num_modules, learner.device)
+        elif done > 1 and learner.loop.meter is not None:
+            self.peaks, learner.loop.meter = learner.loop.meter.peaks, None
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts counting."""
@@ -69,6 +108,8 @@ class LocalSummary(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the heads' accuracies."""
         self._stop(_learner(pl_module), "val", log=not trainer.sanity_checking)
+        if self.accuracies and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validations.append(self.accuracies)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the heads' accuracies."""
@@ -90,14 +131,25 @@ class LocalSummary(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the last validation's accuracy of every head."""
-        if self.accuracies:
-            names = [row[1] for row in _rows(_learner(pl_module))]
-            _print_table(
-                "Validation accuracy of each local module",
-                ["module", "cut after", "accuracy"],
-                [[f"{k:02d}", names[k], f"{a:.2%}"] for k, a in enumerate(self.accuracies)],
-            )
+        """Prints and draws what each local module reached."""
+        learner = _learner(pl_module)
+        if learner.num_modules == 1:
+            return
+        if learner.loop is not None and learner.loop.meter is not None:
+            self.peaks, learner.loop.meter = learner.loop.meter.peaks, None
+        where = "CUDA" if learner.device.type == "cuda" else "live tensors"
+        print_results(learner, self.accuracies, self.peaks, where)
+        if self.pictures and trainer.logger is not None and trainer.log_dir is not None:
+            self._draw(learner, trainer.log_dir)
+
+    @rank_zero_only
+    def _draw(self, learner: LocalLearner, folder: str) -> None:
+        title = f"{type(learner.method).__name__}, {learner.num_modules} local modules"
+        if not _MATPLOTLIB:
+            rank_zero_info("Install matplotlib to see the local modules' curves in the log folder.")
+        elif self._curves["loss"] or self._validations:
+            os.makedirs(folder, exist_ok=True)
+            draw(folder, title, self._curves, self._validations)
 
 
 class Restore(pl.Callback):
@@ -135,6 +187,11 @@ class Restore(pl.Callback):
         self._filter = None
 
 
+def wants_heads(present: Sequence[pl.Callback]) -> bool:
+    """Whether somebody asks for the heads in evaluation."""
+    return any(isinstance(each, LocalSummary) and each.head_accuracy for each in present)
+
+
 def with_ours(present: Sequence[pl.Callback], own: Any) -> list[pl.Callback]:
     """The callbacks of the user's module, with those of ours that are not there yet.
 
@@ -166,47 +223,3 @@ def _learner(module: pl.LightningModule) -> LocalLearner:
             "wrap the module, or leave the callback out."
         )
     return module
-
-
-def _rows(learner: LocalLearner) -> list[list[str]]:
-    bodies, heads = learner.parameters_per_module()
-    cutting = learner.cutting
-    shapes = ["x".join(map(str, form.shape)) for form in cutting.boundaries]
-    first = 0
-    rows = []
-    for k in range(learner.num_modules):
-        last = cutting.last_unit[k]
-        rows.append(
-            [
-                f"{k:02d}",
-                learner.split_points[k] if k < len(learner.split_points) else "(end)",
-                str(last) if last <= first else f"{first}-{last}",
-                f"{sum(p.numel() for p in bodies[k]):,}",
-                f"{sum(p.numel() for p in heads[k]):,}",
-                shapes[k - 1] if k else "batch",
-                shapes[k] if k < len(shapes) else "output",
-            ]
-        )
-        first = last + 1
-    total = [sum(p.numel() for group in groups for p in group) for groups in (bodies, heads)]
-    return [*rows, ["all", "", "", f"{total[0]:,}", f"{total[1]:,}", "", ""]]
-
-
-@rank_zero_only
-def _print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    if _RICH:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table()
-        for name in header:
-            table.add_column(name, justify="left" if name == "cut after" else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        console = Console()
-        console.print(title, highlight=False)
-        console.print(table)
-        return
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in [header, *rows]]
-    rank_zero_info("\n".join([title, *lines]))

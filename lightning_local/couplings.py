@@ -83,6 +83,17 @@ class Coupling(ABC):
         """Adds what the successor's boundary error `error` asks of this local module."""
         raise AssertionError(f"{type(self).__name__} takes no error")
 
+    def backward_flops(self, body: float, head: float, *, units: int, first: bool) -> float:
+        """FLOPs of a local module's backward passes, by formula: 2 forwards for a plain one.
+
+        Args:
+            body: Forward FLOPs of the body.
+            head: Forward FLOPs of the head; 0 for the last local module, which no error reaches.
+            units: Number of units in the body.
+            first: Whether it is the first local module, whose input needs no gradient.
+        """
+        return 2 * (body + head)
+
 
 class Isolated(Coupling):
     """Neighbours exchange the hidden state alone: greedy local learning."""
@@ -151,6 +162,11 @@ class BackwardLink(Coupling):
         if tail:
             gradient = (error * (self.weight * work.scale)).to(hidden.dtype)
             torch.autograd.backward([hidden], [gradient], inputs=list(tail))
+
+    def backward_flops(self, body: float, head: float, *, units: int, first: bool) -> float:
+        """The link's pass through the tail costs 2 of its forwards more."""
+        tail = units if self.length is None else min(self.length, units)
+        return 2 * (body + head) + (2 * body * tail / units if head else 0)
 
 
 def _unscaled(gradient: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
@@ -266,3 +282,8 @@ class GradientReconciliation(Coupling):
         loss, work.loss = work.loss, None
         if loss is not None:
             work.run_backward(loss)
+
+    def backward_flops(self, body: float, head: float, *, units: int, first: bool) -> float:
+        """g_in costs 1 forward, the backward of J_k 2 for each of the two passes in its graph."""
+        plain = 2 * (body + head)
+        return plain if first else plain + 3 * (body + head) / self.every

@@ -137,8 +137,14 @@ def check_trainer(trainer: pl.Trainer) -> None:
     """Refuses strategies under which the updates would be wrong or part ways.
 
     Raises:
-        ValueError: More than one process, or a strategy that owns the optimizer.
+        ValueError: More than one process, a strategy that owns the optimizer, or a compiled
+            learner.
     """
+    if getattr(trainer.lightning_module, "_compiler_ctx", None) is not None:
+        raise ValueError(
+            "torch.compile(learner) can't compile a step that runs a backward per local module: "
+            "pass LocalLearner(compile=True), which compiles each body and head."
+        )
     strategy = type(trainer.strategy).__name__
     if trainer.world_size > 1 or strategy not in (
         "SingleDeviceStrategy",

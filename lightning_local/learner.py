@@ -5,9 +5,8 @@ Here: arguments, hooks, what the Trainer asks for. The training loop itself is i
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -18,22 +17,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_local import optim, state
-from lightning_local.arguments import (
-    check_optimizer,
-    check_options,
-    ends_to_end,
-    method_and_partition,
-)
-from lightning_local.build import example_inputs, make_local_modules
-from lightning_local.callbacks import LocalSummary, with_ours
-from lightning_local.hooks import (
-    call_hook,
-    check_callbacks,
-    check_module,
-    check_trainer,
-    forward_hooks,
-)
+from lightning_local import arguments, hooks, optim, state
+from lightning_local.build import example_inputs, make_local_modules, parameters_per_module
+from lightning_local.callbacks import wants_heads, with_ours
+from lightning_local.hooks import call_hook
 from lightning_local.links import InProcessLinks, Links
 from lightning_local.local_module import LocalModule
 from lightning_local.loop import TrainingLoop
@@ -95,12 +82,12 @@ class LocalLearner(pl.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        check_module(module)
-        self.method, self.partition = method_and_partition(method, partition)
-        check_options(out_features, optimizer, lr_scheduler)
+        hooks.check_module(module)
+        self.method, self.partition = arguments.method_and_partition(method, partition)
+        arguments.check_options(out_features, optimizer, lr_scheduler)
         self.automatic_optimization = False
         self.module = module
-        end_to_end = ends_to_end(self.partition)
+        end_to_end = arguments.ends_to_end(self.partition)
         whole = end_to_end and network is None and not compile
         self.network_name = "." if whole else find_network(module, network)
         if not end_to_end:
@@ -129,7 +116,7 @@ class LocalLearner(pl.LightningModule):
         self.resumed = state.Resumed()
         self._given_optimizer: Callable[[], Any] | None = None
         self._log_hyperparams = module._log_hyperparams
-        forward_hooks(self, module)
+        hooks.forward_hooks(self, module)
         for name in ("validation_step", "test_step"):
             if is_overridden(name, module):
                 setattr(self, name, functools.partial(after_heads, self, name))
@@ -161,10 +148,10 @@ class LocalLearner(pl.LightningModule):
 
     def configure_callbacks(self) -> Any:
         """The user's callbacks and ours; takes over the Trainer's flags (see `TrainerFlags`)."""
-        check_callbacks(self._callbacks())
+        hooks.check_callbacks(self._callbacks())
         # A LightningCLI with --optimizer puts its own method on the instance; it is the recipe.
         self._given_optimizer = self.__dict__.pop("configure_optimizers", self._given_optimizer)
-        check_optimizer(self._given_optimizer, self.optimizer_callable)
+        arguments.check_optimizer(self._given_optimizer, self.optimizer_callable)
         self.flags.take(self.trainer)
         return with_ours(self._callbacks(), call_hook(self.module, "configure_callbacks"))
 
@@ -182,7 +169,7 @@ class LocalLearner(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Cuts the network and makes the heads, before weights and optimizers are restored."""
         self.flags.give_back(self.trainer)
-        check_trainer(self.trainer)
+        hooks.check_trainer(self.trainer)
         state.guard_loading(self.trainer.strategy)
         self.module.__dict__["log"] = self.log
         call_hook(self.module, "setup", stage)
@@ -204,20 +191,9 @@ class LocalLearner(pl.LightningModule):
         self.release()
 
     def _build(self, stage: str) -> None:
-        wants_heads = stage == "fit" or any(
-            isinstance(callback, LocalSummary) and callback.head_accuracy
-            for callback in self._callbacks()
-        )
-        if self.num_modules == 1 or self.cutting is not None or not wants_heads:
-            return
-        self.build(*example_inputs(self, self.unpack))
-
-    def recut(self, split_points: Sequence[str]) -> None:
-        """Cuts where a checkpoint says, and makes new heads."""
-        request = dataclasses.replace(
-            self.partition, num_modules=None, split_points=tuple(split_points)
-        )
-        self.build(*example_inputs(self, self.unpack), partition=request)
+        wanted = stage == "fit" or wants_heads(self._callbacks())
+        if wanted and self.num_modules != 1 and self.cutting is None:
+            self.build(*example_inputs(self, self.unpack))
 
     def build(self, *inputs: Any, partition: Partition | None = None) -> None:
         """Cuts the network and makes the heads; the Trainer does it by itself.
@@ -257,17 +233,8 @@ class LocalLearner(pl.LightningModule):
         return [optimizer for optimizer, _ in recipes], optim.for_lightning(recipes)
 
     def parameters_per_module(self) -> tuple[list[list[nn.Parameter]], list[list[nn.Parameter]]]:
-        """For each local module its parameters of the user's module, and those of its head.
-
-        What lies outside the network belongs to the last local module.
-        """
-        if self.num_modules == 1:
-            return [list(self.module.parameters())], [[]]
-        bodies = [list(module.body.parameters()) for module in self.modules_in_order()]
-        taken = {id(p) for parameters in bodies for p in parameters}
-        bodies[-1].extend(p for p in self.module.parameters() if id(p) not in taken)
-        # A body registers nothing, so a local module's own parameters are its head's.
-        return bodies, [list(module.parameters()) for module in self.modules_in_order()]
+        """For each local module its parameters of the user's module, and those of its head."""
+        return parameters_per_module(self.module, self.modules_in_order())
 
     def modules_in_order(self) -> list[LocalModule]:
         """The K local modules; empty for a learner that trains end to end."""
@@ -324,8 +291,4 @@ class LocalLearner(pl.LightningModule):
         Raises:
             TypeError: Always; says what to call instead.
         """
-        raise TypeError(
-            "A checkpoint of a LocalLearner is one of the module inside: load it with that class's "
-            "load_from_checkpoint. To go on training or to evaluate, build the LocalLearner again "
-            "and pass ckpt_path=... to trainer.fit, validate, test or predict."
-        )
+        raise TypeError(state.HOW_TO_LOAD)

@@ -20,6 +20,13 @@ class LocalModule(nn.Module):
         head: The auxiliary network; None for the last local module.
         objective: Maps (output of the head, hidden state, target) to the local loss; None for the
             last local module, whose loss is the user's own.
+
+    Attributes:
+        head_in_place: Whether the head starts with an operation that overwrites its input, which
+            is what is sent on.
+        body_flops: Forward FLOPs of the body per sample: those of matrix products, convolutions
+            and attention, a multiplication and an addition counting two.
+        head_flops: The same of the head.
     """
 
     def __init__(self, body: Body, head: nn.Module | None, objective: nn.Module | None) -> None:
@@ -27,8 +34,9 @@ class LocalModule(nn.Module):
         self.body = body
         self.head = head
         self.objective = objective
-        # A head that starts with an in-place operation would overwrite what is sent on.
         self.head_in_place = False
+        self.body_flops = 0
+        self.head_flops = 0
 
     def forward(self, *values: Any) -> Any:
         """Runs the body: see `Body.forward`."""

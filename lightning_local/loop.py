@@ -18,16 +18,18 @@ number.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from lightning_local.compiling import Compiled
 from lightning_local.couplings import Work
 from lightning_local.hooks import SavingByStep
 from lightning_local.message import Message
+from lightning_local.meter import Meter
 from lightning_local.metrics import LocalMetrics, Publisher
 from lightning_local.optim import count_once
 from lightning_local.precision import LossScalers
@@ -72,6 +74,8 @@ class TrainingLoop:
         self._modules = learner.modules_in_order()
         self._check_input = True
         self._result: Any = None
+        self.optimizer_steps = 0
+        self.meter: Meter | None = None
 
     def resume(self, resumed: Resumed) -> None:
         """Goes on where a checkpoint was saved."""
@@ -93,8 +97,21 @@ class TrainingLoop:
         Returns:
             What the user's `training_step` returned.
         """
-        with self._compiled.running():
+        with ExitStack() as stack:
+            stack.enter_context(self._compiled.running())
+            if self.meter is not None:
+                stack.enter_context(self.meter.running(self._existing(batch)))
             return self._run(batch, batch_idx)
+
+    def _existing(self, batch: Any) -> Iterator[torch.Tensor]:
+        """Tensors that are there before a step: weights, gradients, optimizer states, the batch."""
+        yield from self.learner.buffers()
+        states = [list(optimizer.state.values()) for optimizer in self.optimizers]
+        for value in tree_leaves([list(self.learner.parameters()), states, batch]):
+            if isinstance(value, torch.Tensor):
+                yield value
+                if value.is_leaf and value.grad is not None:
+                    yield value.grad
 
     def _run(self, batch: Any, batch_idx: int) -> Any:
         learner = self.learner
@@ -114,6 +131,7 @@ class TrainingLoop:
         if waiting is not None:
             self._finish(*waiting)
         self._check_input = False
+        self.optimizer_steps += not self._accumulates()
         self.metrics.close_step(learner.batches)
         learner.batches += 1
         self._log_window()
@@ -208,10 +226,16 @@ class TrainingLoop:
             error = self.learner.links.await_error(k)
             with torch.autocast(self.device.type, enabled=False):
                 self.coupling.link(work, error)  # 7
-        if not self.trainer.fit_loop.epoch_loop._should_accumulate():
-            with self.scalers.using(k):
+        if not self._accumulates():
+            with self.scalers.using(k), self._metered(k):
                 self.optimizers[k].step()  # 8
             self.optimizers[k].zero_grad()
+
+    def _accumulates(self) -> bool:
+        return self.trainer.fit_loop.epoch_loop._should_accumulate()
+
+    def _metered(self, k: int) -> AbstractContextManager[None]:
+        return self.meter.module(k) if self.meter is not None else nullcontext()
 
     @contextmanager
     def _profiled(self, k: int) -> Iterator[None]:
@@ -219,6 +243,7 @@ class TrainingLoop:
             yield
             return
         with (
+            self._metered(k),
             self._profiler.profile(self._names[k]),
             torch.autograd.profiler.record_function(self._names[k]),
         ):

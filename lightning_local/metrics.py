@@ -151,7 +151,7 @@ class LocalMetrics:
             penalty over mean loss) where the coupling has one; for the epoch with `_epoch` behind.
         """
         row = 0 if epoch else 1
-        steps, loss, penalty, hits, count = self._sums[row].cpu()
+        steps, loss, penalty, hits, count = self._sums[row].clone().cpu()
         self._sums[row].zero_()
         penalties, self._penalties[row] = self._penalties[row], [0] * self._k
         suffix = "_epoch" if epoch else ""

@@ -7,24 +7,30 @@ Everything is checked before the first tensor changes.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_local.build import example_inputs
 from lightning_local.randomness import global_states, set_global_states
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["ENTRY", "Resumed", "guard_loading", "load", "save", "unguard_loading"]
+__all__ = ["ENTRY", "HOW_TO_LOAD", "Resumed", "guard_loading", "load", "save", "unguard_loading"]
 
 ENTRY = "lightning_local"
+HOW_TO_LOAD = (
+    "A checkpoint of a LocalLearner is one of the module inside: load it with that class's "
+    "load_from_checkpoint. To go on training or to evaluate, build the LocalLearner again and pass "
+    "ckpt_path=... to trainer.fit, validate, test or predict."
+)
 _VERSION = 1
 _PREFIX = "module."
 _HPARAMS = (
@@ -34,7 +40,7 @@ _HPARAMS = (
 )
 
 
-@dataclass
+@dataclasses.dataclass
 class Resumed:
     """What a checkpoint brought that is put in place once the training loop starts.
 
@@ -44,8 +50,8 @@ class Resumed:
         random: States of the process's generators in the middle of an epoch.
     """
 
-    scalers: list[dict[str, Any]] = field(default_factory=list)
-    plateau: dict[str, float] = field(default_factory=dict)
+    scalers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    plateau: dict[str, float] = dataclasses.field(default_factory=dict)
     random: dict[str, Any] | None = None
 
 
@@ -221,7 +227,8 @@ def _take_split_points(learner: LocalLearner, entry: Mapping[str, Any]) -> None:
         f"the {learner.num_modules} that partition={learner.partition} gives: its heads and "
         "optimizers belong to them."
     )
-    learner.recut(points)
+    request = dataclasses.replace(learner.partition, num_modules=None, split_points=points)
+    learner.build(*example_inputs(learner, learner.unpack), partition=request)
 
 
 def _check_heads(learner: LocalLearner, entry: Mapping[str, Any]) -> None:

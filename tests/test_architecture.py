@@ -25,7 +25,7 @@ PUBLIC = {
 }
 # What a file may import besides torch and the standard library; a line may use all lines above it.
 LAYERS = [
-    {"preserving", "factories"},
+    {"preserving", "factories", "meter"},
     {"tracing"},
     {"body", "dryrun"},
     {"units", "place", "layers"},
@@ -35,7 +35,7 @@ LAYERS = [
     {"methods"},
     {"hooks", "wrapping", "optim", "precision", "schedules", "arguments"},
     {"build", "metrics", "state"},
-    {"compiling"},
+    {"compiling", "tables", "pictures"},
     {"callbacks", "loop"},
     {"learner"},
     {"cli"},

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from lightning_local import LocalLearner, methods
 
-# torch/_dynamo/variables/builder.py hides it by replacing showwarning, which an error filter passes.
+# torch/_dynamo/variables/builder.py hides it with another showwarning, which comes after filters.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 
@@ -108,3 +108,8 @@ def test_with_generated_code(method, quiet):
     torch._dynamo.reset()
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_learner_is_refused(quick, quiet):
+    with pytest.raises(ValueError, match=r"pass LocalLearner\(compile=True\)"):
+        run(lambda m: torch.compile(LocalLearner(m, "Greedy")), quiet)

@@ -44,7 +44,7 @@ def test_the_users_module_is_left_clean(quiet):
     learner = greedy(Lit())
     names = set(vars(learner.module))
     fit(learner, quiet, epochs=1)
-    assert set(vars(learner.module)) - names <= {"_fabric", "_trainer"}
+    assert set(vars(learner.module)) - names <= {"_fabric", "_trainer", "_hparams"}
     assert "forward" not in vars(learner.network)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from live_bytes import LiveBytes
 from networks import Cnn, PreAct, Vit
 from settings import batches, learner_of, make, run
 from torch import nn
@@ -20,6 +19,7 @@ from examples.image_classification import CifarResNet, LitClassifier
 from lightning_local import LocalLearner, couplings, heads, methods
 from lightning_local.links import InProcessLinks
 from lightning_local.message import Message
+from lightning_local.meter import LiveBytes
 
 COUPLINGS = {
     "isolated": couplings.Isolated(),

@@ -1,0 +1,111 @@
+"""Measures the memory that each local module needs while it trains.
+
+On a CUDA device the allocator's own statistics; elsewhere the bytes of live tensor storages, those
+that autograd keeps included. There a storage is counted once, whoever views it, from the operation
+that makes it until it is freed; what kernels allocate and free inside one operation is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["LiveBytes", "Meter"]
+
+
+# torch leaves TorchDispatchMode untyped, hence the two ignores.
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts live storages; use as a context.
+
+    Args:
+        seed: Tensors that exist already, such as a model's parameters and buffers.
+
+    Attributes:
+        live: Bytes alive now.
+        peak: The most that were alive at once; may be set back.
+    """
+
+    def __init__(self, seed: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        for tensor in seed:
+            self._note(tensor)
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._forget, key).atexit = False
+        # The size too: an operation may have resized a storage that is known.
+        self.live += size - self._sizes[key]
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs the operation and notes what it made."""
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._note(leaf)
+        return result
+
+
+class Meter:
+    """Peak bytes of each local module over the batches that run inside `running`.
+
+    Args:
+        num_modules: K.
+        device: Where they run.
+
+    Attributes:
+        peaks: Bytes, K of them; all that is alive counts, the other modules' parameters and
+            optimizer states too.
+    """
+
+    def __init__(self, num_modules: int, device: torch.device) -> None:
+        self.peaks = [0] * num_modules
+        self._device = device
+        self._live: LiveBytes | None = None
+
+    @contextmanager
+    def running(self, existing: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Around a whole batch.
+
+        Args:
+            existing: Tensors that are there already: parameters, buffers, optimizer states, batch.
+        """
+        with ExitStack() as stack:
+            if self._device.type != "cuda":
+                self._live = LiveBytes(existing)
+                stack.enter_context(self._live)
+            try:
+                yield
+            finally:
+                self._live = None
+
+    @contextmanager
+    def module(self, k: int) -> Iterator[None]:
+        """Around work of local module k."""
+        if self._live is not None:
+            self._live.peak = self._live.live
+        else:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        yield
+        if self._live is not None:
+            found = self._live.peak
+        else:
+            found = torch.cuda.max_memory_allocated(self._device)
+        self.peaks[k] = max(self.peaks[k], found)

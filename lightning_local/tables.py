@@ -1,0 +1,136 @@
+"""What `LocalSummary` says in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lightning_utilities.core.imports import RequirementCache
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
+
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
+
+__all__ = ["flops_of_a_step", "print_results", "print_summary"]
+
+_RICH = RequirementCache("rich")
+
+
+def flops_of_a_step(learner: LocalLearner) -> tuple[float, float]:
+    """FLOPs per sample of one training step, end to end and with the learner's method.
+
+    Forwards are counted, backwards by formula (`Coupling.backward_flops`).
+    """
+    modules = learner.modules_in_order()
+    local = 0.0
+    for k, module in enumerate(modules):
+        body, head = module.body_flops, module.head_flops
+        units = max(1, len(module.body.units))
+        local += body + head
+        local += learner.method.coupling.backward_flops(body, head, units=units, first=k == 0)
+    return 3.0 * sum(module.body_flops for module in modules), local
+
+
+def print_summary(learner: LocalLearner) -> None:
+    """The local modules: where they are cut, what they hold, what a forward costs."""
+    cutting, modules = learner.cutting, learner.modules_in_order()
+    bodies, heads = learner.parameters_per_module()
+    sizes = [[sum(p.numel() for p in each) for each in group] for group in (bodies, heads)]
+    rows, first = [], 0
+    for k, module in enumerate(modules):
+        last = cutting.last_unit[k]
+        shape = cutting.boundaries[k].shape if k < len(modules) - 1 else ()
+        rows.append(
+            [
+                *(f"{k:02d}", _name(learner, k)),
+                str(last) if last <= first else f"{first}-{last}",
+                *(f"{sizes[0][k]:,}", f"{sizes[1][k]:,}"),
+                *(_short(module.body_flops), _short(module.head_flops)),
+                "x".join(map(str, shape)) or "output",
+            ]
+        )
+        first = last + 1
+    flops = [sum(m.body_flops for m in modules), sum(m.head_flops for m in modules)]
+    rows.append(["all", "", "", *(f"{sum(s):,}" for s in sizes), *map(_short, flops), ""])
+    _print_table(
+        f"{type(learner.method).__name__}: {len(cutting.unit_points) + 1} units in "
+        f"{learner.num_modules} local modules",
+        ["module", "cut after", "units", "params", "+ head", "FLOPs", "+ head", "hidden"],
+        rows,
+    )
+    plain, local = flops_of_a_step(learner)
+    if plain:
+        _say(
+            "FLOPs: forward, per sample. A training step takes about "
+            f"{_short(local)} per sample, {local / plain:.2f} times end-to-end backpropagation "
+            "(backward by formula)."
+        )
+
+
+def print_results(
+    learner: LocalLearner, accuracies: Sequence[float], peaks: Sequence[int], device: str
+) -> None:
+    """What a fit found out about each local module.
+
+    Args:
+        learner: Whose local modules.
+        accuracies: Of the heads in the last validation, in [0, 1]; empty without.
+        peaks: Peak memory while each trained, in bytes; empty without.
+        device: What was measured, in a word.
+    """
+    header, columns = ["module", "cut after"], []
+    if accuracies:
+        header.append("validation accuracy")
+        columns.append([f"{accuracy:.2%}" for accuracy in accuracies])
+    if peaks:
+        header.append(f"peak memory ({device})")
+        columns.append([f"{peak / 2**20:.1f} MiB" for peak in peaks])
+    if columns:
+        rows = [
+            [f"{k:02d}", _name(learner, k), *(column[k] for column in columns)]
+            for k in range(learner.num_modules)
+        ]
+        _print_table("Each local module after the fit", header, rows)
+
+
+def _name(learner: LocalLearner, k: int) -> str:
+    return learner.split_points[k] if k < len(learner.split_points) else "(end)"
+
+
+def _short(number: float) -> str:
+    """A count with three digits and a unit."""
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 999.5:
+            return f"{number:.3g}{' ' if unit else ''}{unit}"
+        number /= 1000
+    return f"{number:.3g} P"
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    if _RICH:
+        from rich.console import Console
+
+        Console().print(text, highlight=False)
+    else:
+        rank_zero_info(text)
+
+
+@rank_zero_only
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if _RICH:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table()
+        for name in header:
+            table.add_column(name, justify="left" if name == "cut after" else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console = Console()
+        console.print(title, highlight=False)
+        console.print(table)
+        return
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in [header, *rows]]
+    rank_zero_info("\n".join([title, *lines]))
