@@ -5,7 +5,6 @@ Here: arguments, hooks, what the Trainer asks for. The training loop itself is i
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -25,16 +24,17 @@ from lightning_local.links import InProcessLinks, Links
 from lightning_local.local_module import LocalModule
 from lightning_local.loop import TrainingLoop
 from lightning_local.methods import LocalMethod
-from lightning_local.metrics import HeadAccuracy, after_heads
+from lightning_local.metrics import AfterHeads, HeadAccuracy
 from lightning_local.optim import TrainerFlags
 from lightning_local.partition import Partition, check_names
 from lightning_local.randomness import Streams
+from lightning_local.wrapper import Wrapper
 from lightning_local.wrapping import default_unpack, find_network
 
 __all__ = ["LocalLearner"]
 
 
-class LocalLearner(pl.LightningModule):
+class LocalLearner(Wrapper):
     """Trains an existing LightningModule by local learning.
 
     Args:
@@ -81,12 +81,11 @@ class LocalLearner(pl.LightningModule):
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__()
         hooks.check_module(module)
+        super().__init__(module)
         self.method, self.partition = arguments.method_and_partition(method, partition)
         arguments.check_options(out_features, optimizer, lr_scheduler)
         self.automatic_optimization = False
-        self.module = module
         end_to_end = arguments.ends_to_end(self.partition)
         whole = end_to_end and network is None and not compile
         self.network_name = "." if whole else find_network(module, network)
@@ -94,6 +93,7 @@ class LocalLearner(pl.LightningModule):
             check_names(self.network, self.partition, self.network_name)
         # In a tuple, so that it is no submodule: each local module has a copy of its own.
         self._criterion = (criterion or nn.CrossEntropyLoss(),)
+        self.default_criterion = criterion is None
         self.unpack = unpack or default_unpack
         self.out_features = out_features
         self.optimizer_callable = optimizer
@@ -106,20 +106,16 @@ class LocalLearner(pl.LightningModule):
         self.batches = 0
         self.num_modules = 1 if end_to_end else 0  # 0 until the network is cut
         self.links: Links = InProcessLinks()
-        self.prepare_data_per_node = module.prepare_data_per_node
-        self.example_input_array = module.example_input_array
-        self.strict_loading = module.strict_loading
         self.loop: TrainingLoop | None = None
         self.head_accuracy: HeadAccuracy | None = None
         self.flags = TrainerFlags()
         self.configs: list[LRSchedulerConfig] = []
         self.resumed = state.Resumed()
         self._given_optimizer: Callable[[], Any] | None = None
-        self._log_hyperparams = module._log_hyperparams
         hooks.forward_hooks(self, module)
         for name in ("validation_step", "test_step"):
             if is_overridden(name, module):
-                setattr(self, name, functools.partial(after_heads, self, name))
+                setattr(self, name, AfterHeads(self, name))
 
     @property
     def network(self) -> nn.Module:
@@ -131,20 +127,6 @@ class LocalLearner(pl.LightningModule):
     def __getstate__(self) -> dict[str, Any]:
         """A copy is no part of the run that goes on."""
         return {**super().__getstate__(), "loop": None}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's module's forward."""
-        return self.module(*args, **kwargs)
-
-    @property
-    def hparams(self) -> Any:
-        """The user's module's hyper-parameters: loggers and tuners see the plain run's."""
-        return self.module.hparams
-
-    @property
-    def hparams_initial(self) -> Any:
-        """The user's module's, as they were saved first."""
-        return self.module.hparams_initial
 
     def configure_callbacks(self) -> Any:
         """The user's callbacks and ours; takes over the Trainer's flags (see `TrainerFlags`)."""
@@ -161,7 +143,6 @@ class LocalLearner(pl.LightningModule):
 
     def release(self) -> None:
         """Takes everything the run bound to the user's module and the Trainer off again."""
-        self.module.__dict__.pop("log", None)
         state.unguard_loading(self.trainer.strategy)
         if self.loop is not None:
             self.loop.close()
@@ -171,7 +152,6 @@ class LocalLearner(pl.LightningModule):
         self.flags.give_back(self.trainer)
         hooks.check_trainer(self.trainer)
         state.guard_loading(self.trainer.strategy)
-        self.module.__dict__["log"] = self.log
         call_hook(self.module, "setup", stage)
         if not is_overridden("configure_model", self.module):
             self._build(stage)
@@ -228,6 +208,7 @@ class LocalLearner(pl.LightningModule):
             self.optimizer_callable,
             self.lr_scheduler_callable,
             *self.parameters_per_module(),
+            shared=[self.trainer, self, *self.modules()],
         )
         self.configs = [config for _, configs in recipes for config in configs]
         return [optimizer for optimizer, _ in recipes], optim.for_lightning(recipes)

@@ -17,26 +17,27 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.trainer import call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 
 from lightning_local.compiling import Compiled
 from lightning_local.couplings import Work
 from lightning_local.hooks import SavingByStep
 from lightning_local.message import Message
-from lightning_local.meter import Meter
+from lightning_local.meter import Meter, existing
 from lightning_local.metrics import LocalMetrics, Publisher
 from lightning_local.optim import count_once
 from lightning_local.precision import LossScalers
 from lightning_local.randomness import set_global_states
 from lightning_local.schedules import Schedules
 from lightning_local.state import Resumed
-from lightning_local.wrapping import Substitute, as_inputs, run_step
+from lightning_local.substitute import Expected, Substitute
+from lightning_local.wrapping import as_inputs, check_target, run_step
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
@@ -72,7 +73,9 @@ class TrainingLoop:
         self._profiler = self.trainer.profiler  # type: ignore[attr-defined]
         self._names = [f"local/{k:02d}" for k in range(self.num_modules)]
         self._modules = learner.modules_in_order()
-        self._check_input = True
+        self._first = True
+        self._zeroed = True
+        self._expected: Expected | None = None
         self._result: Any = None
         self.optimizer_steps = 0
         self.meter: Meter | None = None
@@ -100,24 +103,18 @@ class TrainingLoop:
         with ExitStack() as stack:
             stack.enter_context(self._compiled.running())
             if self.meter is not None:
-                stack.enter_context(self.meter.running(self._existing(batch)))
+                stack.enter_context(
+                    self.meter.running(existing(self.learner, self.optimizers, batch))
+                )
             return self._run(batch, batch_idx)
-
-    def _existing(self, batch: Any) -> Iterator[torch.Tensor]:
-        """Tensors that are there before a step: weights, gradients, optimizer states, the batch."""
-        yield from self.learner.buffers()
-        states = [list(optimizer.state.values()) for optimizer in self.optimizers]
-        for value in tree_leaves([list(self.learner.parameters()), states, batch]):
-            if isinstance(value, torch.Tensor):
-                yield value
-                if value.is_leaf and value.grad is not None:
-                    yield value.grad
 
     def _run(self, batch: Any, batch_idx: int) -> Any:
         learner = self.learner
         count_once(self.trainer, counted=self.owned[-1])
-        inputs, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
-        learner.links.send(0, Message(as_inputs(inputs), target, batch, batch_idx))
+        unpacked, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
+        inputs = as_inputs(unpacked)
+        self._expected = Expected.of(inputs)
+        learner.links.send(0, Message(inputs, target, batch, batch_idx))
         waiting: tuple[int, Work] | None = None
         for k in self.owned:
             work = self._start(k)
@@ -130,12 +127,12 @@ class TrainingLoop:
                 self._finish(k, work)
         if waiting is not None:
             self._finish(*waiting)
-        self._check_input = False
+        self._first = False
         self.optimizer_steps += not self._accumulates()
         self.metrics.close_step(learner.batches)
         learner.batches += 1
         self._log_window()
-        result, self._result = self._result, None
+        result, self._result, self._expected = self._result, None, None
         return result
 
     def _start(self, k: int) -> Work:
@@ -148,7 +145,8 @@ class TrainingLoop:
             self.scalers.using(k),
         ):
             work, sent, output = self._forward(k, message)  # 2
-            assert work.loss is not None
+            if work.loss is None:  # the user's step skips this batch
+                return work
             loss = work.loss.detach()
             with torch.autocast(self.device.type, enabled=False):
                 gradient = coupling.prepare(work)  # 3
@@ -180,26 +178,27 @@ class TrainingLoop:
             if self.coupling.second_derivative and self.num_modules > 1:
                 # The fused attention kernels have no second derivative.
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            loss: torch.Tensor | None
             if module is None:
-                loss, self._result = run_step(
-                    learner.module.training_step, message.batch, message.batch_idx
-                )
-                output = None
+                loss, output = self._users_step(message), None
+                self._zero_once()
             elif last:
-                first = self._check_input
-                expected = as_inputs(learner.unpack(message.batch)[0]) if first else ()
-                network = Substitute(learner.network, lambda: module(*values), expected, first)
+                assert self._expected is not None
+                network = Substitute(
+                    learner.network, lambda: module(*values), self._expected, self._first
+                )
                 with network.active():
-                    loss, self._result = run_step(
-                        learner.module.training_step, message.batch, message.batch_idx
-                    )
+                    loss = self._users_step(message)
                 output = network.output
+                self.metrics.note_changed(network.changed)
             else:
                 hidden, *carried = module(*values)
                 if self.coupling.needs_input_gradient and not hidden.requires_grad:
                     hidden.requires_grad_()  # a frozen body; its head's gradient is still asked for
                 output = module.predict(hidden)
                 assert module.objective is not None
+                if self._first and learner.default_criterion:
+                    check_target(message.target, output)
                 loss = module.objective(output, hidden, message.target)
                 sent = (hidden.detach(), *carried)
         if isinstance(output, torch.Tensor):
@@ -216,7 +215,26 @@ class TrainingLoop:
         )
         return work, sent, output
 
+    def _users_step(self, message: Message) -> torch.Tensor | None:
+        """Runs the user's `training_step` and keeps what it returned, as Lightning hands it on."""
+        loss, result = run_step(
+            self.learner.module.training_step,
+            message.batch,
+            message.batch_idx,
+            may_skip=self.num_modules == 1,
+        )
+        window = self.trainer.accumulate_grad_batches
+        if loss is not None and window > 1:
+            share = loss.detach() / window
+            result = {**result, "loss": share} if isinstance(result, Mapping) else share
+        self._result = result
+        return loss
+
     def _backward(self, loss: torch.Tensor, **options: Any) -> None:
+        if not loss.requires_grad and self.num_modules > 1:
+            own, _ = self.learner.parameters_per_module()
+            if not any(p.requires_grad for p in own[-1]):
+                return  # the user's frozen classifier is the last local module: nothing to learn
         window = self.trainer.accumulate_grad_batches
         self.learner.manual_backward(loss if window == 1 else loss / window, **options)
 
@@ -229,7 +247,23 @@ class TrainingLoop:
         if not self._accumulates():
             with self.scalers.using(k), self._metered(k):
                 self.optimizers[k].step()  # 8
-            self.optimizers[k].zero_grad()
+            self._zeroed = False
+            if self.num_modules > 1:
+                self._zero(k)
+
+    def _zero(self, k: int) -> None:
+        """Releases gradients: of local modules right after their step, which saves memory."""
+        optimizer = self.optimizers[k]
+        raw = optimizer.optimizer
+        call._call_callback_hooks(self.trainer, "on_before_zero_grad", raw)
+        call._call_lightning_module_hook(self.trainer, "on_before_zero_grad", raw)
+        optimizer.zero_grad()
+
+    def _zero_once(self) -> None:
+        """With one module at automatic optimization's moment: before a window's first backward."""
+        if not self._zeroed:
+            self._zero(0)
+            self._zeroed = True
 
     def _accumulates(self) -> bool:
         return self.trainer.fit_loop.epoch_loop._should_accumulate()

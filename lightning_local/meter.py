@@ -13,10 +13,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["LiveBytes", "Meter"]
+__all__ = ["LiveBytes", "Meter", "existing"]
 
 
 # torch leaves TorchDispatchMode untyped, hence the two ignores.
@@ -61,6 +62,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)
         return result
+
+
+def existing(module: nn.Module, optimizers: Iterable[Any], batch: Any) -> Iterator[torch.Tensor]:
+    """Tensors that are there before a step: weights, gradients, optimizer states, the batch."""
+    yield from module.buffers()
+    states = [list(optimizer.state.values()) for optimizer in optimizers]
+    for value in tree_leaves([list(module.parameters()), states, batch]):
+        if isinstance(value, torch.Tensor):
+            yield value
+            if value.is_leaf and value.grad is not None:
+                yield value.grad
 
 
 class Meter:

@@ -12,12 +12,13 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_local.losses import per_item
+from lightning_local.substitute import OTHER_INPUT
 from lightning_local.wrapping import as_inputs
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["HeadAccuracy", "LocalMetrics", "Publisher", "after_heads"]
+__all__ = ["AfterHeads", "HeadAccuracy", "LocalMetrics", "Publisher"]
 
 
 # Outputs of up to this many numbers wait for the end of the step, to be counted together.
@@ -30,19 +31,19 @@ def _countable(output: Any, target: Any) -> tuple[torch.Tensor, torch.Tensor] | 
         return None
     if target.is_floating_point() or target.dtype == torch.bool:
         return None
-    logits, labels = per_item(output.detach(), target)
+    logits, labels = per_item(output.detach() if output.requires_grad else output, target)
     if logits.ndim != 2 or labels.ndim != 1 or len(logits) != len(labels):
         return None
     return logits, labels
 
 
-def _put(row: torch.Tensor, ks: list[int], values: torch.Tensor) -> None:
+def _put(row: torch.Tensor, ks: list[int], values: torch.Tensor | int) -> None:
     """`row[ks] = values` without an index tensor, whose way to the device the host would await."""
-    if ks == list(range(ks[0], ks[0] + len(ks))):
+    if ks[-1] - ks[0] == len(ks) - 1:  # in the order of the modules, so without a gap
         row[ks[0] : ks[0] + len(ks)] = values
-    else:
-        for k, value in zip(ks, values.unbind(), strict=True):
-            row[k] = value
+        return
+    for i, k in enumerate(ks):
+        row[k] = values if isinstance(values, int) else values[i]
 
 
 class LocalMetrics:
@@ -61,13 +62,18 @@ class LocalMetrics:
         # (MPS has no float64).
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums = torch.zeros(2, 5, num_modules, dtype=self._dtype, device=device)
+        # The first step with a loss that is not finite (times K, plus the module), and the first
+        # one whose input the user's step had changed.
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._first_changed = torch.full((), -1, dtype=torch.int64, device=device)
+        self._changed: torch.Tensor | None = None
         self._has_hits = [False] * num_modules
         # Steps with a penalty, which `every` makes fewer; counted on the host, as rows of `_sums`.
         self._penalties = [[0] * num_modules, [0] * num_modules]
-        # Of the step that is going on: values by row and module, and outputs still to be counted.
-        self._values: dict[tuple[int, int], torch.Tensor] = {}
-        self._outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Of the step that is going on: modules and values of each row, and outputs still to be
+        # counted, together where they have one form and the same targets.
+        self._noted: dict[int, tuple[list[int], list[torch.Tensor]]] = {}
+        self._outputs: dict[Any, tuple[list[int], list[torch.Tensor], torch.Tensor]] = {}
 
     def update(
         self,
@@ -78,64 +84,69 @@ class LocalMetrics:
         penalty: torch.Tensor | None = None,
     ) -> None:
         """Notes what module k did in this step; nothing is read from the device."""
-        self._values[1, k] = loss.detach()
+        self._note(1, k, loss)
         if penalty is not None:
-            self._values[2, k] = penalty
+            self._note(2, k, penalty)
             for counts in self._penalties:
                 counts[k] += 1
         pair = _countable(output, target)
         if pair is None:
             return
         self._has_hits[k] = True
-        if pair[0].numel() <= _SMALL:
-            self._outputs[k] = pair
+        logits, labels = pair
+        if logits.numel() <= _SMALL:
+            form = (logits.shape, logits.dtype, labels.data_ptr())
+            ks, outputs, _ = self._outputs.setdefault(form, ([], [], labels))
+            ks.append(k)
+            outputs.append(logits)
         else:
-            self._values[3, k] = (pair[0].argmax(1) == pair[1]).sum()
-            self._values[4, k] = self._values[3, k].new_full((), len(pair[1]))
+            hits = (logits.argmax(1) == labels).sum()
+            self._note(3, k, hits)
+            self._note(4, k, hits.new_full((), len(labels)))
+
+    def _note(self, row: int, k: int, value: torch.Tensor) -> None:
+        ks, values = self._noted.setdefault(row, ([], []))
+        ks.append(k)
+        values.append(value.detach() if value.ndim == 0 else value.detach().reshape(()))
+
+    def note_changed(self, changed: torch.Tensor | None) -> None:
+        """Notes whether the user's step changed its input; None if it surely did not."""
+        self._changed = changed
 
     def close_step(self, step: int) -> None:
         """Adds the step to window and epoch, and marks the first loss that is not finite."""
         sums = torch.zeros_like(self._sums[0])
-        for row in (1, 2, 3, 4):
-            ks = [k for r, k in self._values if r == row]
-            if ks:
-                values = [self._values[row, k] for k in ks]
-                _put(
-                    sums[row],
-                    ks,
-                    torch.stack([v if v.ndim == 0 else v.reshape(()) for v in values]),
-                )
-                if row == 1:
-                    _put(sums[0], ks, torch.ones_like(sums[0, : len(ks)]))
-        for ks in self._alike():
-            labels = self._outputs[ks[0]][1]
-            found = torch.stack([self._outputs[k][0] for k in ks]).argmax(2) == labels
-            _put(sums[3], ks, found.sum(1))
-            _put(sums[4], ks, torch.full_like(sums[4, : len(ks)], len(labels)))
-        self._values, self._outputs = {}, {}
+        for row, (ks, values) in self._noted.items():
+            _put(sums[row], ks, torch.stack(values))
+        if self._noted:
+            _put(sums[0], self._noted[1][0], 1)
+        for ks, outputs, labels in self._outputs.values():
+            _put(sums[3], ks, (torch.stack(outputs).argmax(2) == labels).sum(1))
+            _put(sums[4], ks, len(labels))
+        self._noted, self._outputs = {}, {}
         bad = ~torch.isfinite(sums[1])
         found = step * self._k + bad.to(torch.uint8).argmax()
         fresh = (self._first_bad < 0) & bad.any()
         self._first_bad = torch.where(fresh, found, self._first_bad)
         self._sums += sums
-
-    def _alike(self) -> list[list[int]]:
-        """The modules whose outputs can be counted together: one form, the same targets."""
-        groups: dict[Any, list[int]] = {}
-        for k, (logits, labels) in self._outputs.items():
-            form = (logits.shape, logits.dtype, labels.data_ptr(), labels.shape)
-            groups.setdefault(form, []).append(k)
-        return list(groups.values())
+        if self._changed is not None:
+            fresh = (self._first_changed < 0) & self._changed
+            self._first_changed = self._first_changed.masked_fill(fresh, step)
+            self._changed = None
 
     def check(self) -> None:
-        """Raises if a loss was not finite; reads one number from the device.
+        """Raises if something was wrong; reads from the device once.
 
         Raises:
-            FloatingPointError: Names the first such step and local module.
+            ValueError: The user's step changed its input; names the first such batch.
+            FloatingPointError: A loss was not finite; names the first such step and local module.
         """
-        first = int(self._first_bad)
+        first, changed = torch.stack([self._first_bad, self._first_changed]).tolist()
+        self._first_bad.fill_(-1)
+        self._first_changed.fill_(-1)
+        if changed >= 0:
+            raise ValueError(f"In batch {changed} (counted from 0): {OTHER_INPUT}")
         if first >= 0:
-            self._first_bad.fill_(-1)
             raise FloatingPointError(
                 f"The loss of local module {first % self._k} of {self._k} was NaN or infinite in "
                 f"batch {first // self._k} (counted from 0), the first such one: lower the "
@@ -222,11 +233,26 @@ class HeadAccuracy:
         return self._counts[0].double() / self._counts[1]
 
 
-def after_heads(learner: LocalLearner, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """The user's evaluation step, behind the chain of bodies and heads if somebody counts them."""
-    if learner.head_accuracy is not None:
-        _run_heads(learner, learner.head_accuracy, batch)
-    return getattr(learner.module, name)(batch, *args, **kwargs)
+class AfterHeads:
+    """The user's evaluation step, behind the chain of bodies and heads if somebody counts them.
+
+    An object, so that a copy of the learner has steps of its own; wrapped, so that Lightning sees
+    which arguments the user's step takes.
+
+    Args:
+        learner: The learner.
+        name: Of the step.
+    """
+
+    def __init__(self, learner: LocalLearner, name: str) -> None:
+        self._learner = learner
+        self.__wrapped__ = getattr(learner.module, name)
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs both."""
+        if self._learner.head_accuracy is not None:
+            _run_heads(self._learner, self._learner.head_accuracy, batch)
+        return self.__wrapped__(batch, *args, **kwargs)
 
 
 @torch.no_grad()

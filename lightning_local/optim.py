@@ -82,11 +82,12 @@ def recipes(
     lr_scheduler: Callable[[Optimizer], Any] | None,
     own: Sequence[Sequence[nn.Parameter]],
     heads: Sequence[Sequence[nn.Parameter]],
+    shared: Sequence[Any] = (),
 ) -> list[Recipe]:
     """One recipe per local module: from the learner's callables, else `configure`'s, cloned."""
     if optimizer is not None:
         return build_from_callables(optimizer, lr_scheduler, own, heads)
-    return clone_per_module(read_recipe(configure()), own, heads)
+    return clone_per_module(read_recipe(configure()), own, heads, shared)
 
 
 def for_lightning(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
@@ -104,6 +105,7 @@ def clone_per_module(
     recipe: Recipe,
     own: Sequence[Sequence[nn.Parameter]],
     heads: Sequence[Sequence[nn.Parameter]],
+    shared: Sequence[Any] = (),
 ) -> list[Recipe]:
     """Gives each local module the user's optimizer and schedulers on its own parameters.
 
@@ -114,6 +116,7 @@ def clone_per_module(
         recipe: The user's; must not have stepped yet.
         own: For each local module its parameters of the user's module.
         heads: For each local module the parameters of its head.
+        shared: What schedules may refer to without having a copy: the module, its Trainer.
     """
     optimizer, configs = recipe
     listed = [p for group in optimizer.param_groups for p in group["params"]]
@@ -125,7 +128,7 @@ def clone_per_module(
     mine[-1] |= {id(p) for p in listed if id(p) not in known}
     clones = []
     for ids, head in zip(mine, heads, strict=True):
-        memo: dict[int, Any] = {id(p): p for p in listed}
+        memo: dict[int, Any] = {id(each): each for each in (*listed, *shared)}
         clone, schedulers = copy.deepcopy((optimizer, [c.scheduler for c in configs]), memo)
         for group in clone.param_groups:
             kept = [i for i, p in enumerate(group["params"]) if id(p) in ids]

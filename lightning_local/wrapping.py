@@ -1,19 +1,18 @@
-"""The user's module inside: its network, its batch, its step while the loop runs."""
+"""The user's module inside: its network, its batch, its step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import nn
 
 __all__ = [
-    "Substitute",
+    "as_inputs",
+    "check_target",
     "default_unpack",
     "find_network",
     "run_step",
@@ -86,16 +85,48 @@ def default_unpack(batch: Any) -> tuple[Any, Any]:
     )
 
 
+def check_target(target: Any, output: Any) -> None:
+    """Looks in the first step whether cross entropy, the default criterion, fits the targets.
+
+    Args:
+        target: The unpacked target.
+        output: A head's: logits `(N, C)` or `(N, T, V)`.
+
+    Raises:
+        ValueError: The targets are numbers, and neither class indices nor class probabilities.
+    """
+    if not isinstance(target, torch.Tensor) or not target.is_floating_point():
+        return
+    if isinstance(output, torch.Tensor) and target.shape == output.shape:
+        sums = target.sum(-1)
+        if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) and (target >= 0).all():
+            return
+    raise ValueError(
+        f"The targets are {target.dtype} of shape {tuple(target.shape)}: neither class indices nor "
+        "probabilities that add up to 1 per sample, which the heads' default criterion, cross "
+        "entropy, needs. Pass LocalLearner(criterion=...), such as torch.nn.MSELoss() or "
+        "torch.nn.BCEWithLogitsLoss()."
+    )
+
+
 def as_inputs(value: Any) -> tuple[Any, ...]:
     """The network's positional inputs: a tuple as it is, anything else as the only one."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def run_step(step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[torch.Tensor, Any]:
+def run_step(
+    step: Callable[..., Any], batch: Any, batch_idx: int, may_skip: bool
+) -> tuple[torch.Tensor | None, Any]:
     """Calls the user's `training_step`.
 
+    Args:
+        step: It.
+        batch: Its first argument.
+        batch_idx: Its second, if it takes one.
+        may_skip: Whether it may return None, for a batch not to learn from.
+
     Returns:
-        The loss, and what the step returned.
+        The loss, None for a batch that is skipped, and what the step returned.
 
     Raises:
         ValueError: The step returned None or no loss.
@@ -103,6 +134,8 @@ def run_step(step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[torc
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     result = step(batch, batch_idx) if takes_index else step(batch)
     loss = result.get("loss") if isinstance(result, Mapping) else result
+    if result is None and may_skip:
+        return None, None
     if not isinstance(loss, torch.Tensor):
         raise ValueError(
             f"training_step returned {type(result).__name__} without a loss tensor: return the "
@@ -114,84 +147,3 @@ def run_step(step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[torc
             f"training_step returned a loss of shape {tuple(loss.shape)}: return a scalar."
         )
     return loss, result
-
-
-class Substitute:
-    """Stands in for the network's forward while the user's step runs for the last local module.
-
-    Args:
-        network: The network whose forward is replaced.
-        run: Makes the network's output from what the last local module received.
-        expected: The unpacked inputs; with `check_values` the step has to pass the same.
-        check_values: Compare values; costs a host-device synchronisation, so for the first step.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        run: Callable[[], Any],
-        expected: tuple[Any, ...],
-        check_values: bool,
-    ) -> None:
-        self._network = network
-        self._run = run
-        self._expected = expected
-        self._check_values = check_values
-        self._calls = 0
-        self.output: Any = None
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """The network's forward is replaced inside the block.
-
-        Raises:
-            ValueError: The network was not called exactly once.
-        """
-        before = self._network.__dict__.get("forward")
-        self._network.__dict__["forward"] = self._call
-        try:
-            yield
-        finally:
-            if before is None:
-                del self._network.__dict__["forward"]
-            else:
-                self._network.__dict__["forward"] = before
-        if self._calls == 0:
-            raise ValueError(
-                "training_step did not call the network that is cut (or called parts of it "
-                "directly), so its loss knows nothing of the local modules: call the network once, "
-                "or pass network=... with the attribute that training_step calls."
-            )
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        self._calls += 1
-        if self._calls > 1:
-            raise ValueError(
-                "training_step called the network twice for one batch (two views, say); local "
-                "modules have seen one input: join the views into one batch in "
-                "on_after_batch_transfer, so that the network is called once."
-            )
-        given = (*args, *kwargs.values())
-        if self._check_values and not _same(given, self._expected):
-            raise ValueError(
-                "training_step called the network with another input than the batch's: an input "
-                "changed inside the step (augmentation, mixup, permute, a slice) reaches the last "
-                "local module only. Move the change to on_after_batch_transfer, or pass "
-                "LocalLearner(unpack=...) that returns what the network is called with."
-            )
-        self.output = self._run()
-        return self.output
-
-
-def _same(given: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
-    if len(given) != len(expected):
-        return False
-    for a, b in zip(given, expected, strict=True):
-        if a is b:
-            continue
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a, b):
-                return False
-        elif isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or a != b:
-            return False
-    return True

@@ -33,7 +33,7 @@ LAYERS = [
     {"partition", "message", "heads", "losses", "couplings", "local_module", "randomness"},
     {"links"},
     {"methods"},
-    {"hooks", "wrapping", "optim", "precision", "schedules", "arguments"},
+    {"hooks", "substitute", "wrapper", "wrapping", "optim", "precision", "schedules", "arguments"},
     {"build", "metrics", "state"},
     {"compiling", "tables", "pictures"},
     {"callbacks", "loop"},

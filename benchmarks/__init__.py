@@ -1,0 +1,1 @@
+"""Programs behind the claims of the documentation: one folder per claim."""

@@ -1,0 +1,1 @@
+"""What the local metrics cost in a step."""

@@ -1,0 +1,160 @@
+"""What stands in for the network while the user's step runs for the last local module.
+
+The local modules before it have already seen the batch, so the step has to call the network with
+that very input. This is looked at in every step, without waiting for the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["OTHER_INPUT", "Expected", "Substitute", "in_order"]
+
+
+@dataclass
+class Expected:
+    """The unpacked inputs of a batch, and the state they were in.
+
+    Attributes:
+        values: The network's positional inputs.
+        versions: How often each tensor had been changed in place; None for other things.
+    """
+
+    values: tuple[Any, ...]
+    versions: tuple[int | None, ...]
+
+    @staticmethod
+    def of(values: tuple[Any, ...]) -> Expected:
+        """Inputs as they are now."""
+        return Expected(values, tuple(_version(value) for value in values))
+
+
+def _version(value: Any) -> int | None:
+    if not isinstance(value, torch.Tensor) or value.is_inference():
+        return None
+    return value._version
+
+
+class Substitute:
+    """Stands in for the network's forward while the user's step runs for the last local module.
+
+    Args:
+        network: The network whose forward is replaced.
+        run: Makes the network's output from what the last local module received.
+        expected: What the step has to pass.
+        read_values: Whether values may be read to compare them, which the host has to wait for;
+            otherwise `changed` tells, on the device.
+
+    Attributes:
+        output: What `run` returned.
+        changed: Whether an input was another one, if that is not known yet.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        run: Callable[[], Any],
+        expected: Expected,
+        read_values: bool,
+    ) -> None:
+        self._network = network
+        self._run = run
+        self._expected = expected
+        self._read_values = read_values
+        self._calls = 0
+        self.output: Any = None
+        self.changed: torch.Tensor | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The network's forward is replaced inside the block.
+
+        Raises:
+            ValueError: The network was not called exactly once.
+        """
+        before = self._network.__dict__.get("forward")
+        signature = inspect.signature(self._network.forward)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._call(in_order(signature, args, kwargs))
+
+        self._network.__dict__["forward"] = call
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._network.__dict__["forward"]
+            else:
+                self._network.__dict__["forward"] = before
+        if self._calls == 0:
+            raise ValueError(
+                "training_step did not call the network that is cut (or called parts of it "
+                "directly), so its loss knows nothing of the local modules: call the network once, "
+                "or pass network=... with the attribute that training_step calls."
+            )
+
+    def _call(self, given: tuple[Any, ...]) -> Any:
+        self._calls += 1
+        if self._calls > 1:
+            raise ValueError(
+                "training_step called the network twice for one batch (two views, say); local "
+                "modules have seen one input: join the views into one batch in "
+                "on_after_batch_transfer, so that the network is called once."
+            )
+        if self._is_other(given):
+            raise ValueError(OTHER_INPUT)
+        self.output = self._run()
+        return self.output
+
+    def _is_other(self, given: tuple[Any, ...]) -> bool:
+        """Whether this is surely another input; what only values tell goes to `changed`."""
+        if len(given) != len(self._expected.values):
+            return True
+        for a, b, version in zip(
+            given, self._expected.values, self._expected.versions, strict=True
+        ):
+            if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+                if a is not b and (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)):
+                    return True
+                if a is not b and a != b:
+                    return True
+                continue
+            if _version(b) != version or a.shape != b.shape or a.dtype != b.dtype:
+                return True
+            if a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()):
+                continue
+            differs = ((a != b) & ~((a != a) & (b != b))).any()
+            if self._read_values:
+                if differs:
+                    return True
+            else:
+                self.changed = differs if self.changed is None else self.changed | differs
+        return False
+
+
+OTHER_INPUT = (
+    "training_step called the network with another input than the batch's: an input changed inside "
+    "the step (augmentation, mixup, permute, a slice) reaches the last local module only. Move the "
+    "change to on_after_batch_transfer, or pass LocalLearner(unpack=...) that returns what the "
+    "network is called with."
+)
+
+
+def in_order(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The arguments of a call in the order of the function's parameters."""
+    if not kwargs:
+        return args
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        return (*args, *kwargs.values())
+    return (*bound.args, *bound.kwargs.values())

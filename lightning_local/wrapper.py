@@ -1,0 +1,92 @@
+"""A LightningModule that answers for the user's: attributes, logging, hyper-parameters, state.
+
+What trains is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+__all__ = ["Wrapper"]
+
+
+class Wrapper(pl.LightningModule):
+    """Stands in the Trainer for the module inside.
+
+    Args:
+        module: The user's module.
+    """
+
+    module: pl.LightningModule
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        super().__init__()
+        self.module = module
+        self.prepare_data_per_node = module.prepare_data_per_node
+        self.example_input_array = module.example_input_array
+        self.strict_loading = module.strict_loading
+        self._log_hyperparams = module._log_hyperparams
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's module's forward."""
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the user's module has, for callbacks that read it off the Trainer's module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or name.startswith("__"):
+                raise
+            return getattr(module, name)
+
+    # Lightning sets it around each hook, and `self.log` asks for it.
+    @property
+    def _current_fx_name(self) -> str | None:
+        name: str | None = self.__dict__.get("_hook")
+        return name
+
+    @_current_fx_name.setter
+    def _current_fx_name(self, name: str | None) -> None:
+        """Tells the user's module too, so that its own `log` works in its hooks."""
+        self.__dict__["_hook"] = name
+        module = self.__dict__.get("_modules", {}).get("module")
+        if module is not None:
+            module._current_fx_name = name
+
+    @property
+    def hparams(self) -> Any:
+        """The user's module's hyper-parameters: loggers and tuners see the plain run's."""
+        return self.module.hparams
+
+    @property
+    def hparams_initial(self) -> Any:
+        """The user's module's, as they were saved first."""
+        return self.module.hparams_initial
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Loads the user's module as it loads itself, and the rest beside it.
+
+        Args:
+            state_dict: Keys of the user's module behind `module.`, the others' as they are.
+            strict: Whether keys have to match.
+            assign: Whether tensors are taken over instead of copied.
+        """
+        prefix = "module."
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        rest = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+        kept = {f"{prefix}{k}": v for k, v in self.module.state_dict().items()}
+        wrong = super().load_state_dict({**kept, **rest}, strict=False, assign=assign)
+        missing = [name for name in wrong.missing_keys if not name.startswith(prefix)]
+        if strict and (missing or wrong.unexpected_keys):
+            raise RuntimeError(
+                f"The state has other heads than the learner: missing {missing}, not known "
+                f"{wrong.unexpected_keys}."
+            )
+        return self.module.load_state_dict(own, strict=strict, assign=assign)

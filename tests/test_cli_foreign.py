@@ -1,0 +1,309 @@
+"""A LightningCLI program of somebody else's: what its user may write, and what he gets."""
+
+import inspect
+import os
+import subprocess
+import sys
+from operator import attrgetter
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from simple import Lit, Net
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_local import LocalCLI, LocalLearner, Partition, couplings, heads, losses, methods
+from lightning_local.cli import main
+
+HERE = Path(__file__)
+pytestmark = [
+    # lightning/pytorch/cli.py says so of any module with its own recipe, if given --optimizer.
+    pytest.mark.filterwarnings("ignore:.*overridden by `.*CLI.configure_optimizers`"),
+    # lightning/pytorch/callbacks/model_checkpoint.py: a later run here has a folder of its own.
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+]
+
+
+class MyModel(Lit):
+    def __init__(self, width: int = 6, lr: float = 0.1, network: nn.Module | None = None):
+        super().__init__(network or Net(3, width))
+        self.save_hyperparameters(ignore="network")
+        self.lr = lr
+
+    test_step = Lit.validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+class Idiomatic(MyModel):
+    def __init__(self, width: int = 6):
+        super().__init__(width)
+        self.network = Net(3, self.hparams.width)
+
+
+class MyData(L.LightningDataModule):
+    def train_dataloader(self):
+        x = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(x, (x[:, 0, 0, 0] > 0).long()), batch_size=8)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+def local(*args, method: methods.LocalMethod | str = "AugLocal", **kwargs) -> LocalLearner:
+    return LocalLearner(MyModel(*args, **kwargs), method)
+
+
+BASES = (L.LightningModule, L.LightningDataModule)
+SUBCLASSES = {"subclass_mode_model": True, "subclass_mode_data": True}
+PROGRAMS = {
+    "foreign": lambda **options: LightningCLI(*BASES, **SUBCLASSES, **options),
+    "ours": lambda **options: LocalCLI(**options),
+    "fixed": lambda **options: LightningCLI(LocalLearner, MyData, **options),
+    "function": lambda **options: LightningCLI(local, MyData, **options),
+    "plain": lambda **options: LightningCLI(MyModel, MyData, **options),
+}
+
+
+def by_path(kind, **options):
+    return {"class_path": f"lightning_local.{kind}", "init_args": options}
+
+
+AUG, SGR = by_path("methods.AugLocal", depth=1), by_path("methods.SGR", weight=0.3)
+LINK = by_path("methods.Greedy", coupling=by_path("couplings.BackwardLink", weight=0.5))
+
+
+def recipe(program="foreign", module=f"{HERE.stem}.MyModel", inner=(("width", 5),), **options):
+    """Writes the YAML file of a program, and gives the options that read it."""
+    model, trainer = dict(inner), {"accelerator": "cpu", "max_steps": 4, "logger": False}
+    if program in ("foreign", "ours", "fixed"):
+        model = {"module": {"class_path": module, "init_args": model}, "method": "Greedy"}
+    config = {"model": {**model, **options}, "trainer": trainer, "seed_everything": 1}
+    if program in ("foreign", "ours"):
+        config["model"] = by_path("LocalLearner", **config["model"])
+        config["data"] = f"{HERE.stem}.MyData"
+    Path("recipe.yaml").write_text(yaml.safe_dump(config))
+    return ["--config=recipe.yaml"]
+
+
+def fit(*args, program="foreign", **options):
+    args = ["fit", *recipe(program, **options), *args, "--trainer.enable_checkpointing=false"]
+    return PROGRAMS[program](args=args, save_config_callback=None).model
+
+
+def made(args, **options):
+    file = recipe("ours", inner={"network": {"class_path": "simple.Net"}}, **options)
+    return LocalCLI(args=file + [f"--model.{arg}" for arg in args.split()], run=False).model
+
+
+def printed(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        PROGRAMS["foreign"](args=[*recipe(), *args, "--print_config"], run=False)
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    # LightningCLI warns about arguments of the process, here pytest's.
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(params=["foreign", "ours", "fixed", "function"])
+def fitted(request, elsewhere):
+    learner = PROGRAMS[request.param](args=["fit", *recipe(request.param, method=AUG)]).model
+    (checkpoint,) = Path.cwd().rglob("*.ckpt")
+    return request.param, learner, checkpoint
+
+
+def test_only_the_yaml_changes(fitted):
+    name, learner, checkpoint = fitted
+    later = [*recipe(name, method=AUG), f"--ckpt_path={checkpoint}"]
+    later += ["--trainer.default_root_dir=later"]
+    for command in ("validate", "test", "predict"):
+        # BUG: fixed: "Subcommand 'validate' does not accept option 'model.width'".
+        cli = PROGRAMS[name](args=[command, *later], save_config_callback=None)
+        assert same(cli.model.module, learner.module)
+    (x, _), *_ = cli.datamodule.predict_dataloader()
+    assert torch.equal(cli.trainer.predict_loop.predictions[0], learner.eval()(x))
+    resumed = PROGRAMS[name](args=["fit", *later, "--trainer.max_steps=8"]).model
+    assert (resumed.num_modules, learner.trainer.global_step) == (3, 4)
+    assert resumed.trainer.global_step == 8
+
+
+def test_a_checkpoint_loads_in_the_plain_class_and_has_its_hyper_parameters(fitted):
+    _, learner, checkpoint = fitted
+    # BUG: foreign, ours: "The class 'lightning_local.LocalLearner' requested by the checkpoint
+    # does not resolve to an already imported subclass of MyModel and was blocked".
+    assert same(MyModel.load_from_checkpoint(checkpoint), learner.module)
+    # BUG: foreign, ours: they are the LocalLearner's, with `_instantiator`. Stored as here,
+    # LightningCLI rejects the file as --ckpt_path (`fixed` above): one key can't serve both.
+    stored = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    assert stored == dict(learner.module.hparams) == {"width": 5, "lr": 0.1}
+
+
+def test_the_saved_config_repeats_the_run(fitted):
+    name, learner, _ = fitted
+    args = ["fit", "--config=config.yaml", "--trainer.default_root_dir=again"]
+    assert same(PROGRAMS[name](args=args).model, learner)
+    assert (Path("again") / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("program", ["foreign", "ours"])
+def test_a_module_may_read_its_hyper_parameters_while_it_is_made(program):
+    # BUG: AttributeError: the hyper-parameters are those of the LocalLearner.
+    learner = fit(program=program, module=f"{HERE.stem}.Idiomatic")
+    assert learner.network.stem.out_channels == 5
+
+
+def test_a_program_with_a_fixed_class_changes_by_one_line():
+    plain = fit("--model.lr=0.2", program="plain")
+    end_to_end = fit("--model.lr=0.2", "--model.method=EndToEnd", program="function")
+    assert same(plain, end_to_end.module)
+    args = ("--model.lr=0.3", "--model.method=AugLocal", "--model.method.depth=0")
+    learner = fit(*args, program="function")
+    assert (learner.num_modules, learner.method.head.depth, learner.module.lr) == (5, 0, 0.3)
+
+
+AXES = {
+    "head": [heads.Linear, heads.Conv, heads.Augmented],
+    "loss": [losses.CrossEntropy],
+    "coupling": [couplings.Isolated, couplings.BackwardLink, couplings.GradientReconciliation],
+}
+
+
+@pytest.mark.parametrize("turn", range(3))
+@pytest.mark.parametrize("owner", ["LocalMethod", *methods.METHODS])
+def test_print_config_of_every_public_class(owner, turn, capsys):
+    kinds = {"method": getattr(methods, owner)}
+    for axis in AXES.keys() & inspect.signature(kinds["method"]).parameters:
+        kinds[f"method.{axis}"] = AXES[axis][turn % len(AXES[axis])]
+    config = printed([f"--model.{place}={kind.__name__}" for place, kind in kinds.items()], capsys)
+    Path("again.yaml").write_text(yaml.safe_dump(config))
+    learner = PROGRAMS["foreign"](args=["--config=again.yaml"], run=False).model
+    for place, kind in kinds.items():
+        node = config["model"]
+        for name in place.split("."):
+            node = node["init_args"][name]
+        assert node["class_path"].startswith("lightning_local.")
+        assert set(node.get("init_args", {})) == set(inspect.signature(kind).parameters)
+        assert type(attrgetter(place)(learner)) is kind
+
+
+def test_print_config_of_every_form_of_a_partition_and_a_summary(capsys):
+    for given in ("3", "units", "[stem,blocks.0]", "lightning_local.Partition"):
+        shown = printed([f"--model.partition={given}"], capsys)["model"]["init_args"]["partition"]
+        whole = inspect.signature(Partition).parameters if "Partition" in given else None
+        assert shown.keys() == whole.keys() if whole else shown == yaml.safe_load(given)
+    summary = {"callbacks": [by_path("LocalSummary", head_accuracy=True)]}
+    Path("more.yaml").write_text(yaml.safe_dump({"trainer": summary}))
+    append = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=LocalSummary"]
+    for args in ([*append, "--trainer.callbacks.head_accuracy=true"], ["--config=more.yaml"]):
+        callback = printed(args, capsys)["trainer"]["callbacks"][-1]
+        assert callback["class_path"] == "lightning_local.LocalSummary"
+        assert callback["init_args"]["head_accuracy"] is True
+
+
+COSINE = ("CosineAnnealingLR", "T_max", 5)
+PLATEAU = ("lightning.pytorch.cli.ReduceLROnPlateau", "monitor", "val/loss")
+CASES = [("foreign", "", 3), ("foreign", "", 1), ("ours", "", 3), ("ours", "model.", 3)]
+
+
+@pytest.mark.parametrize(("scheduler", "key", "value"), [COSINE, PLATEAU])
+@pytest.mark.parametrize(("program", "whose", "k"), CASES)
+def test_an_optimizer_of_the_command_line(program, whose, k, scheduler, key, value):
+    args = ["optimizer=AdamW", "optimizer.lr=1e-3", f"lr_scheduler={scheduler}"]
+    args = [f"--{whose}{arg}" for arg in (*args, f"lr_scheduler.{key}={value}")]
+    learner = fit(*args, program=program, partition=k)
+    optimizers, configs = learner.trainer.optimizers, learner.trainer.lr_scheduler_configs
+    assert len(optimizers) == learner.num_modules == k
+    for optimizer, *mine in zip(optimizers, *learner.parameters_per_module(), strict=True):
+        (group,) = optimizer.param_groups
+        assert type(optimizer) is torch.optim.AdamW
+        assert group.get("initial_lr", group["lr"]) == 1e-3
+        assert {id(p) for p in group["params"]} == {id(p) for part in mine for p in part}
+    assert [config.scheduler.optimizer for config in configs] == optimizers
+    assert all(getattr(config.scheduler, key) == value for config in configs)
+    assert all(config.scheduler.last_epoch == 1 for config in configs)
+
+
+def test_two_optimizers_are_a_clear_error():
+    with pytest.raises(ValueError, match="--optimizer and LocalLearner.*leave one of them out"):
+        fit("--optimizer=AdamW", "--model.init_args.optimizer=SGD")
+
+
+OVERRIDES = """
+method=AugLocal method.depth=5 > method.head.depth: 5
+method=BackLink method.weight=0.5 > method.coupling.weight: 0.5
+method=Greedy method.head=Conv method.head.hidden_features=7 > method.head.hidden_features: 7
+partition=4 > partition.num_modules: 4
+module.init_args.network.init_args.width=9 > module.network.fc.in_features: 9
+BUG, jsonargparse keeps a weight, or a coupling, of the file: its rule, but a surprise
+method=BackLink > method.coupling.weight: 1.0
+method=AugLocal > method.coupling.returns_error: false
+BUG, a name in lower case takes no options
+method=sgr method.every=2 > method.coupling.every: 2
+"""
+MISSPELT = """
+method=AugLocl > AugLocal
+partition=[blocks.00] > blocks.0
+BUG, no suggestion from here on
+method=lightning_local.methods.AugLocl > AugLocal
+method=AugLocal method.dept=5 > depth
+method=Greedy method.head=Augmentd > Augmented
+method=Greedy method.coupling=lightning_local.couplings.BackwardLnk > BackwardLink
+partition=unit > units
+methd=AugLocal > method
+"""
+OVERRIDES, MISSPELT = (
+    [line.split(" > ") for line in text.splitlines() if " > " in line]
+    for text in (OVERRIDES, MISSPELT)
+)
+
+
+@pytest.mark.parametrize("method", [AUG, SGR, LINK, "BackLink"])
+@pytest.mark.parametrize(("args", "expected"), OVERRIDES)
+def test_overrides_on_the_command_line(method, args, expected):
+    ((path, value),) = yaml.safe_load(expected).items()
+    assert attrgetter(path)(made(args, method=method)) == value
+
+
+@pytest.mark.parametrize(("args", "suggestion"), MISSPELT)
+def test_misspelt_names_get_a_suggestion(args, suggestion, capsys):
+    with pytest.raises((SystemExit, ValueError)) as stop:
+        made(args)
+    text = capsys.readouterr().err + str(stop.value)
+    assert f"Did you mean {suggestion!r}" in text or f"names are: {suggestion}" in text
+
+
+def test_a_composition_without_a_head_is_an_error():
+    # BUG: it trains end to end, without a word; LocalMethod() in Python is a TypeError.
+    with pytest.raises((SystemExit, TypeError, ValueError)):
+        made("method=LocalMethod", method="Greedy")
+
+
+def test_main_and_python_m_find_classes_in_the_working_directory(monkeypatch, tmp_path):
+    args = ["fit", *recipe("ours", "users.Tiny", method=AUG)]
+    Path("users.py").write_text(f"from {HERE.stem} import MyModel\nclass Tiny(MyModel): pass")
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"}
+    command = [sys.executable, "-m", "lightning_local", *args, "--trainer.default_root_dir=m"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    main(args)
+    users, files = sys.modules.pop("users"), list(tmp_path.rglob("*.ckpt"))
+    first, second = (users.Tiny.load_from_checkpoint(file) for file in files)  # BUG: as above
+    assert same(first, second)
