@@ -1,14 +1,12 @@
-"""From a learner's arguments to its local modules: example input, cuts, heads."""
+"""From a learner's arguments to its local modules: cuts and heads."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,49 +18,8 @@ from lightning_local.methods.base import LocalMethod
 from lightning_local.partition import Cutting, Partition, cut_network
 from lightning_local.place import Place, Unit
 from lightning_local.randomness import seed_for
-from lightning_local.wrapping import as_inputs
 
-__all__ = ["example_inputs", "make_local_modules", "parameters_per_module"]
-
-
-def example_inputs(
-    learner: pl.LightningModule, unpack: Callable[[Any], tuple[Any, Any]]
-) -> tuple[Any, ...]:
-    """An input of the network: the module's `example_input_array`, else one training batch.
-
-    The batch goes through the transfer hooks; all random generators are as before afterwards.
-
-    Raises:
-        ValueError: There is neither.
-    """
-    example = learner.example_input_array
-    if example is not None:
-        return as_inputs(example)
-    trainer = learner.trainer
-    loops: list[Any] = [trainer.fit_loop, trainer.validate_loop, trainer.test_loop]
-    source = next((s for loop in loops if (s := loop._data_source).is_defined()), None)
-    if source is None:
-        raise ValueError(
-            "The local modules' shapes can't be found without an input: set example_input_array "
-            "in the wrapped module, or give the Trainer a train_dataloader."
-        )
-    with isolate_rng():
-        loader = source.dataloader()
-        if isinstance(loader, (dict, list, tuple)):
-            raise ValueError(
-                "Several training dataloaders: set example_input_array in the wrapped module, so "
-                "that the shapes of the local modules don't have to be found from their batches."
-            )
-        iterator = iter(loader)
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            raise ValueError(
-                "The training dataloader is empty: it has to give at least one batch."
-            ) from None
-        del iterator
-        batch = learner._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
-    return as_inputs(unpack(batch)[0])
+__all__ = ["make_local_modules", "parameters_per_module"]
 
 
 def make_local_modules(
@@ -142,9 +99,10 @@ def parameters_per_module(
 
 def _output_form(output: Any, out_features: int | None, name: str) -> tuple[int, bool]:
     """Number of logits and whether heads pool, by the rank of the network's output."""
-    if isinstance(output, torch.Tensor) and output.ndim in (2, 3):
+    tensor = isinstance(output, torch.Tensor)
+    if tensor and output.ndim in (2, 3):
         return out_features or output.shape[-1], output.ndim == 2
-    if out_features is not None and not isinstance(output, torch.Tensor):
+    if out_features is not None:
         return out_features, True
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     raise ValueError(

@@ -81,13 +81,20 @@ _REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
     "find the rate with the plain module, then wrap that",
     pl_callbacks.StochasticWeightAveraging: "it replaces the schedule of one optimizer and every "
     "local module has its own; use EMAWeightAveraging or WeightAveraging",
+    pl_callbacks.BaseFinetuning: "it adds what it thaws to every optimizer, and there is one per "
+    "local module; freeze with requires_grad_(False) in the module, and thaw in its "
+    "on_train_epoch_start: optimizers hold frozen parameters too",
     pl_callbacks.GradientAccumulationScheduler: "it changes the accumulation of automatic "
     "optimization; use Trainer(accumulate_grad_batches=...), one number for the whole fit",
 }
 
 
-def check_callbacks(callbacks: Iterable[pl.Callback]) -> None:
+def check_callbacks(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:
     """Refuses callbacks of Lightning's that can't work with an optimizer per local module.
+
+    Args:
+        callbacks: The Trainer's.
+        module: The user's module.
 
     Raises:
         ValueError: Names the callback, the reason and what to do instead.
@@ -95,7 +102,17 @@ def check_callbacks(callbacks: Iterable[pl.Callback]) -> None:
     for callback in callbacks:
         for kind, reason in _REFUSED_CALLBACKS.items():
             if isinstance(callback, kind):
-                raise ValueError(f"{kind.__name__} does not work with LocalLearner: {reason}.")
+                raise ValueError(
+                    f"{type(callback).__name__} does not work with LocalLearner: {reason}."
+                )
+        if isinstance(callback, pl_callbacks.BatchSizeFinder):
+            name = callback._batch_arg_name
+            if name not in module.hparams and hasattr(module, name):
+                raise ValueError(
+                    f"BatchSizeFinder would set {name!r} of the LocalLearner, which your "
+                    f"{type(module).__name__} does not see: call save_hyperparameters() and use "
+                    f"self.hparams.{name}, or keep it in the datamodule."
+                )
 
 
 def check_module(module: Any) -> None:

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_local import arguments, hooks, optim, state
-from lightning_local.build import example_inputs, make_local_modules, parameters_per_module
+from lightning_local.build import make_local_modules, parameters_per_module
 from lightning_local.callbacks import wants_heads, with_ours
+from lightning_local.examples import example_inputs, outputs_behind
 from lightning_local.hooks import call_hook
 from lightning_local.links import InProcessLinks, Links
 from lightning_local.local_module import LocalModule
@@ -87,10 +88,14 @@ class LocalLearner(Wrapper):
         arguments.check_options(out_features, optimizer, lr_scheduler)
         self.automatic_optimization = False
         end_to_end = arguments.ends_to_end(self.partition)
-        whole = end_to_end and network is None and not compile
-        self.network_name = "." if whole else find_network(module, network)
-        if not end_to_end:
-            check_names(self.network, self.partition, self.network_name)
+        self._network_given = "." if end_to_end and network is None and not compile else network
+        self.network_name = ""
+        try:
+            self._find_network()
+        except ValueError:
+            # What these hooks make is there at setup, where it is looked for again.
+            if not any(is_overridden(hook, module) for hook in ("configure_model", "setup")):
+                raise
         # In a tuple, so that it is no submodule: each local module has a copy of its own.
         self._criterion = (criterion or nn.CrossEntropyLoss(),)
         self.default_criterion = criterion is None
@@ -117,6 +122,14 @@ class LocalLearner(Wrapper):
             if is_overridden(name, module):
                 setattr(self, name, AfterHeads(self, name))
 
+    def _find_network(self) -> None:
+        """Checks the arguments that name parts of the user's module, once these are there."""
+        name = find_network(self.module, self._network_given)
+        if not arguments.ends_to_end(self.partition):
+            network = self.module if name == "." else self.module.get_submodule(name)
+            check_names(network, self.partition, name)
+        self.network_name = name
+
     @property
     def network(self) -> nn.Module:
         """The module that is cut."""
@@ -130,12 +143,13 @@ class LocalLearner(Wrapper):
 
     def configure_callbacks(self) -> Any:
         """The user's callbacks and ours; takes over the Trainer's flags (see `TrainerFlags`)."""
-        hooks.check_callbacks(self._callbacks())
         # A LightningCLI with --optimizer puts its own method on the instance; it is the recipe.
         self._given_optimizer = self.__dict__.pop("configure_optimizers", self._given_optimizer)
         arguments.check_optimizer(self._given_optimizer, self.optimizer_callable)
         self.flags.take(self.trainer)
-        return with_ours(self._callbacks(), call_hook(self.module, "configure_callbacks"))
+        added = with_ours(self._callbacks(), call_hook(self.module, "configure_callbacks"))
+        hooks.check_callbacks([*self._callbacks(), *added], self.module)
+        return added
 
     def _callbacks(self) -> list[pl.Callback]:
         # Lightning's connectors set it, out of mypy's sight.
@@ -171,9 +185,11 @@ class LocalLearner(Wrapper):
         self.release()
 
     def _build(self, stage: str) -> None:
+        if not self.network_name:
+            self._find_network()
         wanted = stage == "fit" or wants_heads(self._callbacks())
         if wanted and self.num_modules != 1 and self.cutting is None:
-            self.build(*example_inputs(self, self.unpack))
+            self.build(*example_inputs(self))
 
     def build(self, *inputs: Any, partition: Partition | None = None) -> None:
         """Cuts the network and makes the heads; the Trainer does it by itself.
@@ -193,7 +209,7 @@ class LocalLearner(Wrapper):
             inputs,
             name=self.network_name,
             criterion=self._criterion[0],
-            out_features=self.out_features,
+            out_features=self.out_features or outputs_behind(self, inputs),
             seed=seed,
         )
         self.local_modules = nn.ModuleList(modules)

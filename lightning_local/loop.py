@@ -67,14 +67,14 @@ class TrainingLoop:
         self.coupling = learner.method.coupling
         optimizers = learner.optimizers()
         self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers if self.num_modules > 1 else ():
             optimizer.zero_grad()
         # Lightning's connectors set it, out of mypy's sight.
         self._profiler = self.trainer.profiler  # type: ignore[attr-defined]
         self._names = [f"local/{k:02d}" for k in range(self.num_modules)]
         self._modules = learner.modules_in_order()
         self._first = True
-        self._zeroed = True
+        self._zeroed = False
         self._expected: Expected | None = None
         self._result: Any = None
         self.optimizer_steps = 0

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_local.build import example_inputs
+from lightning_local.examples import example_inputs
 from lightning_local.randomness import global_states, set_global_states
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def _check_file(path: Any) -> None:
 def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
     """Turns the learner's checkpoint into one of the user's module."""
     state = checkpoint["state_dict"]
-    own = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
+    # The user's module says which keys there are; an average of the weights says with which values.
+    own = {k: state.get(_PREFIX + k, v) for k, v in learner.module.state_dict().items()}
     heads = {k: v for k, v in state.items() if not k.startswith(_PREFIX)}
     checkpoint["state_dict"] = own
     for key in _HPARAMS:
@@ -192,7 +193,7 @@ def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 def _check_tensors(learner: LocalLearner, state: Mapping[str, Any]) -> None:
     if not learner.strict_loading:
         return
-    mine = {k: v for k, v in learner.state_dict().items() if k.startswith(_PREFIX)}
+    mine = {f"{_PREFIX}{k}": v for k, v in learner.module.state_dict().items()}
     wrong = _differences(mine, state)
     if wrong:
         raise ValueError(
@@ -228,7 +229,7 @@ def _take_split_points(learner: LocalLearner, entry: Mapping[str, Any]) -> None:
         "optimizers belong to them."
     )
     request = dataclasses.replace(learner.partition, num_modules=None, split_points=points)
-    learner.build(*example_inputs(learner, learner.unpack), partition=request)
+    learner.build(*example_inputs(learner), partition=request)
 
 
 def _check_heads(learner: LocalLearner, entry: Mapping[str, Any]) -> None:
@@ -248,10 +249,11 @@ def _set_before_shuffling(learner: LocalLearner, states: dict[str, Any]) -> None
     """
     # Lightning's own object behind every way to give training data; asked once per fit.
     source: Any = learner.trainer.fit_loop._data_source
+    make = source.dataloader
 
     def dataloader() -> Any:
-        del source.dataloader
-        loader = source.dataloader()
+        source.__dict__.pop("dataloader", None)
+        loader = make()
         set_global_states(states)
         return loader
 

@@ -37,6 +37,8 @@ def find_network(module: pl.LightningModule, name: str | None) -> str:
     if name == ".":
         return name
     if name is not None:
+        if not children:
+            choices = "(it has no submodule with parameters yet)"
         if name not in dict(module.named_modules()):
             raise ValueError(
                 f"network={name!r} is no submodule of {type(module).__name__}: pass one of "

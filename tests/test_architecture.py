@@ -34,6 +34,7 @@ LAYERS = [
     {"links"},
     {"methods"},
     {"hooks", "substitute", "wrapper", "wrapping", "optim", "precision", "schedules", "arguments"},
+    {"examples"},
     {"build", "metrics", "state"},
     {"compiling", "tables", "pictures"},
     {"callbacks", "loop"},

@@ -1,0 +1,218 @@
+"""An input of the network, for the dry run: from the user's example, or from the training data.
+
+Looking at the data leaves it as it was: no batch is lost, no order changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_local.dryrun import on_fakes
+from lightning_local.preserving import training_mode
+from lightning_local.substitute import in_order
+from lightning_local.wrapping import as_inputs
+
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
+
+__all__ = ["example_inputs", "outputs_behind"]
+
+_logger = logging.getLogger(__name__)
+_SET_ONE = "set example_input_array in the wrapped module"
+
+
+def example_inputs(learner: LocalLearner) -> tuple[Any, ...]:
+    """What the network is called with: by the module's forward, else by a training step.
+
+    Raises:
+        ValueError: There is no example, and no data that can be looked at.
+    """
+    example = learner.module.example_input_array
+    if example is not None:
+        return _through_forward(learner, example)
+    with isolate_rng():
+        batch = _two_samples(_loader(learner))
+        batch = learner._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
+        return as_inputs(learner.unpack(batch)[0])
+
+
+def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None:
+    """The number of outputs of the user's forward, where layers follow the network that is cut.
+
+    Args:
+        learner: Its module's forward is run, in eval mode and with zeros for the network's output.
+        inputs: Of the network.
+
+    Returns:
+        None where nothing with parameters follows, or a criterion of the user's own says what heads
+        have to give.
+
+    Raises:
+        ValueError: Something follows, and the module's forward does not tell what comes out.
+    """
+    module, network = learner.module, learner.network
+    inside = {id(p) for p in network.parameters()}
+    others = [
+        path
+        for path, child in module.named_children()
+        if any(id(p) not in inside for p in child.parameters())
+    ]
+    if network is module or not others or not learner.default_criterion:
+        return None
+    shapes = on_fakes(network, lambda host, *values: host(*values), inputs, False)
+    zeros = tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), shapes)
+    output: Any = None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return zeros
+
+    try:
+        with (
+            isolate_rng(),
+            torch.no_grad(),
+            _replaced(network, "forward", call),
+            training_mode(module, False),
+        ):
+            output = module.forward(*inputs)
+    except Exception as error:
+        _logger.info("the user's forward did not run for the heads' size: %s", error)
+    # The network's own output: whatever follows is not in forward.
+    if isinstance(output, torch.Tensor) and output is not zeros and output.ndim in (2, 3):
+        return output.shape[-1]
+    raise ValueError(
+        f"network={learner.network_name!r} is not all of {type(module).__name__}, which has "
+        f"parameters in {', '.join(others)} too, so the size of its output need not be the number "
+        "of classes: pass LocalLearner(out_features=...), the number of outputs of the heads."
+    )
+
+
+class _Called(BaseException):
+    """Carries what the network was called with out of the user's forward."""
+
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def _through_forward(learner: LocalLearner, example: Any) -> tuple[Any, ...]:
+    """Lightning's example is for the module's forward, which may prepare the network's input."""
+    args = () if isinstance(example, Mapping) else as_inputs(example)
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    network = learner.network
+    signature = inspect.signature(network.forward)
+    if network is learner.module or type(learner.module).forward is torch.nn.Module.forward:
+        return in_order(signature, args, kwargs)
+
+    def call(*inputs: Any, **named: Any) -> Any:
+        raise _Called(in_order(signature, inputs, named))
+
+    with isolate_rng(), torch.no_grad(), _replaced(network, "forward", call):
+        try:
+            learner.module.forward(*args, **kwargs)
+        except _Called as called:
+            return called.inputs
+    return in_order(signature, args, kwargs)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+def _loader(learner: LocalLearner) -> Any:
+    """The training dataloader, or that of another loop that runs now."""
+    trainer = learner.trainer
+    loops: list[Any] = [trainer.fit_loop, trainer.validate_loop, trainer.test_loop]
+    source = next((s for loop in loops if (s := loop._data_source).is_defined()), None)
+    if source is None:
+        raise ValueError(
+            f"The local modules' shapes can't be found without an input: {_SET_ONE}, or give the "
+            "Trainer a train_dataloader."
+        )
+    loader = _request_dataloader(source)
+    before = source.__dict__.get("dataloader")
+
+    def dataloader() -> Any:
+        """Lightning asks next; the user's hook made the loader already."""
+        source.__dict__.pop("dataloader", None)
+        return loader if before is None else before()
+
+    source.__dict__["dataloader"] = dataloader
+    if isinstance(loader, (list, tuple)) and source is not trainer.fit_loop._data_source:
+        return loader[0]
+    if isinstance(loader, (dict, list, tuple)):
+        raise ValueError(
+            f"Several training dataloaders: {_SET_ONE}, so that the shapes of the local modules "
+            "don't have to be found from their batches."
+        )
+    return loader
+
+
+def _two_samples(loader: Any) -> Any:
+    """A batch of two samples (of any size from a loader that is not torch's).
+
+    The dataset is asked itself, without workers; generators that samplers have are set back.
+    """
+    try:
+        if not isinstance(loader, DataLoader):
+            return next(_fresh(loader))
+        if isinstance(loader.dataset, IterableDataset):
+            stream = _fresh(loader.dataset)
+            if loader.batch_size is None:
+                return loader.collate_fn(next(stream))
+            return loader.collate_fn(list(islice(stream, 2)) or [next(stream)])
+        with _generators_kept(loader):
+            if loader.batch_sampler is None:
+                return loader.collate_fn(loader.dataset[next(iter(loader.sampler))])
+            indices = next(iter(loader.batch_sampler))[:2]
+        # As torch's own loader asks a dataset for a batch.
+        together = getattr(loader.dataset, "__getitems__", None)
+        samples = together(indices) if together else [loader.dataset[i] for i in indices]
+        return loader.collate_fn(samples)
+    except StopIteration:
+        raise ValueError(
+            "The training dataloader is empty: it has to give at least one batch."
+        ) from None
+
+
+def _fresh(iterable: Any) -> Iterator[Any]:
+    iterator: Iterator[Any] = iter(iterable)
+    if iterator is iterable:
+        raise ValueError(
+            f"The training data is a {type(iterable).__name__} that can be read only once, and to "
+            f"find the shapes of the local modules a batch would be lost: {_SET_ONE}."
+        )
+    return iterator
+
+
+@contextmanager
+def _generators_kept(loader: DataLoader[Any]) -> Iterator[None]:
+    owners = [loader, loader.sampler, loader.batch_sampler]
+    owners.append(getattr(loader.batch_sampler, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    generators = [g for g in found if isinstance(g, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
