@@ -99,9 +99,11 @@ class Partition:
             return request
         if isinstance(request, str):
             if request != "units":
+                close = difflib.get_close_matches(request, ["units"])
                 raise ValueError(
                     f"partition={request!r} is not known: pass 'units', a number of local modules, "
                     "a list of split points, or a Partition."
+                    + (" Did you mean 'units'?" if close else "")
                 )
             return Partition()
         if isinstance(request, int):

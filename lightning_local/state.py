@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_local.examples import example_inputs
@@ -92,11 +93,15 @@ def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"] = own
     for key in _HPARAMS:
         checkpoint.pop(key, None)
-    module = learner.module
+    module: Any = learner.module
     if module.hparams:
         if hasattr(module, "_hparams_name"):
             checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module._hparams_name
-        checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams)
+        # A LightningCLI in subclass mode would build what it finds under the usual key, without the
+        # learner around it; the older one is read by load_from_checkpoint alone.
+        usual = module.CHECKPOINT_HYPER_PARAMS_KEY
+        key = CHECKPOINT_PAST_HPARAMS_KEYS[-1] if learner.made_by_cli else usual
+        checkpoint[key] = dict(module.hparams)
     boundaries = learner.cutting.boundaries if learner.cutting is not None else ()
     checkpoint[ENTRY] = {
         "version": _VERSION,

@@ -5,12 +5,31 @@ What trains is not here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
-__all__ = ["Wrapper"]
+__all__ = ["Wrapper", "of_the_module"]
+
+
+def of_the_module(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The hyper-parameters of the module inside, as a LightningCLI stores those of its model.
+
+    Args:
+        config: Of a model; with `class_path`, or as the CLI flattens it.
+
+    Returns:
+        None if it is not the configuration of a learner around a `class_path`.
+    """
+    path = str(config.get("class_path", config.get("_class_path", "")))
+    inner = config.get("init_args", config).get("module")
+    if not path.endswith("LocalLearner") or not isinstance(inner, Mapping):
+        return None
+    options = {**inner.get("init_args", {}), **inner.get("dict_kwargs", {})}
+    return {"_class_path": inner["class_path"], **options} if "class_path" in inner else None
 
 
 class Wrapper(pl.LightningModule):
@@ -29,6 +48,19 @@ class Wrapper(pl.LightningModule):
         self.example_input_array = module.example_input_array
         self.strict_loading = module.strict_loading
         self._log_hyperparams = module._log_hyperparams
+        self.made_by_cli = _given_hyperparameters.get() is not None
+        if self.made_by_cli:
+            self._give_own_hparams()
+
+    def _give_own_hparams(self) -> None:
+        """A LightningCLI gives every LightningModule it makes the options of its whole model."""
+        hparams = self.module.hparams
+        inner = of_the_module(dict(hparams))
+        if inner is not None and "_instantiator" in hparams:
+            inner["_instantiator"] = hparams["_instantiator"]
+            hparams.clear()
+            hparams.update(inner)
+            self.module.__dict__["_hparams_initial"] = copy.deepcopy(hparams)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The user's module's forward."""

@@ -47,7 +47,8 @@ def get_method(method: LocalMethod | str) -> LocalMethod:
         )
     names = {name.lower(): name for name in METHODS}
     if method.lower() not in names:
-        close = difflib.get_close_matches(method.lower(), names, n=1)
+        last = method.lower().rpartition(".")[2]
+        close = difflib.get_close_matches(last, names, n=1)
         hint = f" Did you mean {names[close[0]]!r}?" if close else ""
         raise ValueError(f"method={method!r} is not known: pass one of {list(METHODS)}.{hint}")
     return METHODS[names[method.lower()]]()

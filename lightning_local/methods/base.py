@@ -13,10 +13,12 @@ class LocalMethod:
     """A method of local learning: head x loss x coupling; any combination works.
 
     Args:
-        head: The auxiliary network of every local module but the last. None means that there are no
-            local modules to give one to: the network is trained end to end.
+        head: The auxiliary network of every local module but the last.
         loss: What a local module minimises; default the task loss.
         coupling: What neighbours tell each other; default nothing.
+
+    Attributes:
+        head: The head; None if there are no local modules to give one to (`EndToEnd`).
 
     Raises:
         TypeError: An argument is not of its axis.
@@ -28,7 +30,7 @@ class LocalMethod:
 
     def __init__(
         self,
-        head: Head | None,
+        head: Head,
         loss: Loss | None = None,
         coupling: Coupling | None = None,
     ) -> None:
@@ -37,12 +39,12 @@ class LocalMethod:
             ("loss", loss, Loss),
             ("coupling", coupling, Coupling),
         ):
-            if value is not None and not isinstance(value, kind):
+            if not isinstance(value, kind) and (value is not None or name == "head"):
                 raise TypeError(
                     f"{type(self).__name__}({name}={value!r}): pass an object from "
                     f"lightning_local.{name}{'es' if name == 'loss' else 's'}, an instance of "
                     f"{kind.__name__}."
                 )
-        self.head = head
+        self.head: Head | None = head
         self.loss = loss or CrossEntropy()
         self.coupling = coupling or Isolated()
