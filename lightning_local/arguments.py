@@ -14,7 +14,7 @@ __all__ = ["check_optimizer", "check_options", "ends_to_end", "method_and_partit
 
 
 def method_and_partition(
-    method: LocalMethod | str, partition: Partition | int | list[str] | str
+    method: LocalMethod | str, partition: Partition | int | list[str] | list[int] | str
 ) -> tuple[LocalMethod, Partition]:
     """What `method` and `partition` stand for.
 

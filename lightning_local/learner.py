@@ -72,7 +72,7 @@ class LocalLearner(Wrapper):
         self,
         module: pl.LightningModule,
         method: LocalMethod | str = "AugLocal",
-        partition: Partition | int | list[str] | str = "units",
+        partition: Partition | int | list[str] | list[int] | str = "units",
         *,
         network: str | None = None,
         criterion: nn.Module | Callable[[Any, Any], Any] | None = None,

@@ -93,8 +93,11 @@ class Partition:
         object.__setattr__(self, "leaves", tuple(self.leaves))
 
     @staticmethod
-    def of(request: Partition | int | Sequence[str] | str) -> Partition:
-        """The request as a `Partition`: an int is `num_modules`, a list `split_points`."""
+    def of(request: Partition | int | Sequence[str] | Sequence[int] | str) -> Partition:
+        """The request as a `Partition`: an int is `num_modules`, a list `split_points`.
+
+        The names in an `nn.Sequential` are numbers, which YAML reads as such.
+        """
         if isinstance(request, Partition):
             return request
         if isinstance(request, str):
@@ -108,9 +111,12 @@ class Partition:
             return Partition()
         if isinstance(request, int):
             return Partition(num_modules=request)
-        if not isinstance(request, Sequence) or not all(isinstance(p, str) for p in request):
+        named = isinstance(request, Sequence) and all(
+            isinstance(p, (str, int)) and not isinstance(p, bool) for p in request
+        )
+        if not named:
             raise TypeError(f"partition={request!r}: split points are names of submodules (str).")
-        return Partition(split_points=list(request))
+        return Partition(split_points=[str(point) for point in request])
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 
 from lightning_local.factories import factories_recorded
+from lightning_local.in_place import InPlaceProxy
 from lightning_local.preserving import attributes_of, restore_attributes, training_mode
 
 __all__ = ["Trace", "TraceError", "trace"]
@@ -149,6 +150,9 @@ class _Tracer(fx.Tracer):
         self.calls: list[Call] = []
         self.node_scopes: dict[fx.Node, str] = {}
         self.opened: list[str] = [""]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self.opens(module_qualified_name, m)

@@ -9,13 +9,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as cbs
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.tuner import Tuner
 from simple import Lit, data, run, wrap
 from torch.optim import lr_scheduler as schedulers
-
-from lightning_local import LocalLearner, methods
 
 BOTH = (lambda module: module, wrap("units"))
 
@@ -202,61 +198,6 @@ def test_the_users_lr_scheduler_step_runs(quiet):
     assert calls == ["OneCycleLR"] * 12
 
 
-@pytest.mark.parametrize("method", ["Greedy", "BackLink", "SGR", "AugLocal"])
-def test_fp16_has_one_scaler_per_module(method, quiet):
-    """Growth every four steps, whatever K; with one module as in the plain run."""
-
-    def half():
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=4)
-        return MixedPrecision("16-mixed", "cpu", scaler)
-
-    plain = half()
-    run(BOTH[0], quiet, plugins=[plain], epochs=4)
-    expected = plain.scaler.get_scale()
-    assert expected == 2.0**11
-
-    def make(module):
-        return LocalLearner(module, methods.AugLocal(depth=1) if method == "AugLocal" else method)
-
-    clipping = {"gradient_clip_val": 0.01}
-    plugin = half()
-    trainer, learner = run(make, quiet, plugins=[plugin], epochs=4, **clipping)
-    states = learner.loop.scalers.save()
-    assert [state["scale"] for state in states] == [expected] * learner.num_modules
-    assert trainer.global_step == 12
-
-
-def test_fp16_with_one_module_equals_the_plain_run(quiet):
-    def half():
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=4)
-        return MixedPrecision("16-mixed", "cpu", scaler)
-
-    _, plain = run(BOTH[0], quiet, plugins=[half()], gradient_clip_val=0.1)
-    _, local = run(wrap(1), quiet, plugins=[half()], gradient_clip_val=0.1)
-    for name, tensor in plain.state_dict().items():
-        assert torch.equal(tensor, local.module.state_dict()[name]), name
-
-
-def test_an_overflow_in_one_module_leaves_the_others_scales(quiet):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=100)
-    plugin = MixedPrecision("16-mixed", "cpu", scaler)
-
-    class Poison(L.Callback):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            pass
-
-        def on_after_backward(self, trainer, pl_module):
-            body = pl_module.local_modules[1].body
-            gradient = next(iter(body.parameters())).grad
-            if trainer.global_step == 1 and gradient is not None:
-                gradient.fill_(float("inf"))
-
-    _, learner = run(wrap("units"), quiet, plugins=[plugin], callbacks=[Poison()], epochs=1)
-    scales = [state["scale"] for state in learner.loop.scalers.save()]
-    assert scales == [2.0**8, 2.0**7, 2.0**8, 2.0**8]
-    assert all(p.isfinite().all() for p in learner.parameters())
-
-
 def test_averaged_weights(quiet):
     """The callback's average equals one by hand over the weights after each batch."""
 
@@ -354,43 +295,3 @@ def test_barebones():
     trainer = L.Trainer(max_epochs=1, barebones=True, accelerator="cpu", devices=1)
     trainer.fit(wrap("units")(Lit()), data(), data(shuffle=False))
     assert trainer.global_step == 3
-
-
-REFUSED = {
-    cbs.LearningRateFinder: ({}, r"LearningRateFinder does not work .* find the rate with the pl"),
-    cbs.StochasticWeightAveraging: ({"swa_lrs": 0.1}, r"replaces .* use EMAWeightAveraging"),
-    cbs.GradientAccumulationScheduler: (
-        {"scheduling": {0: 2}},
-        r"use Trainer\(accumulate_grad_batches=",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
-def test_what_is_refused_says_why_and_what_to_do(kind, quiet):
-    arguments, message = REFUSED[kind]
-    with pytest.raises(ValueError, match=message):
-        run(wrap("units"), quiet, callbacks=[kind(**arguments)])
-
-
-def test_the_tuner(quiet):
-    class Batches(Lit):
-        def __init__(self, batch_size=2):
-            super().__init__()
-            self.save_hyperparameters()
-
-        def train_dataloader(self):
-            return data(size=self.hparams.batch_size)
-
-        def val_dataloader(self):
-            return data(shuffle=False)
-
-    L.seed_everything(3, verbose=False)
-    learner = wrap("units")(Batches())
-    trainer = L.Trainer(max_epochs=1, **quiet)
-    found = Tuner(trainer).scale_batch_size(learner, max_trials=2, steps_per_trial=1)
-    assert found == learner.module.hparams.batch_size == 4
-    trainer.fit(learner)
-    assert trainer.global_step == 10
-    with pytest.raises(ValueError, match="LearningRateFinder does not work with LocalLearner"):
-        Tuner(L.Trainer(max_epochs=1, **quiet)).lr_find(wrap("units")(Lit()), data())

@@ -93,7 +93,7 @@ def test_wrong_requests(arguments, message):
         Partition(**arguments)
 
 
-@pytest.mark.parametrize("value", ["unit", "4", 2.5, ["a", 3], None, True])
+@pytest.mark.parametrize("value", ["unit", "4", 2.5, ["a", 3.5], None, True])
 def test_wrong_values_of_partition(value):
     with pytest.raises(ERRORS, match=re.escape(repr(value))):
         Partition.of(value)

@@ -1,0 +1,48 @@
+"""What the documents say is true: their code runs, their tests and links exist."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORTER = {"max_epochs=8": "max_epochs=1, limit_train_batches=2, limit_val_batches=1"}
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`:UserWarning")
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_code_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    scope = {"__name__": "document"}
+    found = blocks(path, "python")
+    assert found
+    for code in found:
+        for long, short in SHORTER.items():
+            code = code.replace(long, short)
+        exec(compile(code, path.name, "exec"), scope)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *(ROOT / "benchmarks").rglob("*.md")], ids=str)
+def test_links_and_tests_exist(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (path.parent / target).exists(), target
+    for file, test in re.findall(r"`(test_\w+\.py)::(test_\w+)`", text):
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+
+
+def test_every_row_of_the_feature_table_has_a_test():
+    text = (ROOT / "docs" / "lightning.md").read_text()
+    table = text.partition("| feature |")[2].partition("\n\n")[0]
+    rows = [line for line in table.splitlines()[2:] if line.startswith("|")]
+    assert len(rows) > 20
+    for row in rows:
+        assert "::test_" in row, row
