@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_local.losses import per_item
 from lightning_local.substitute import OTHER_INPUT
 from lightning_local.wrapping import as_inputs
 
@@ -23,33 +22,41 @@ __all__ = ["AfterHeads", "HeadAccuracy", "LocalMetrics", "Publisher"]
 
 # Outputs of up to this many numbers wait for the end of the step, to be counted together.
 _SMALL = 2**16
+# Steps that are kept before they are added up and looked at.
+_ROWS = 64
 
 
-def _countable(output: Any, target: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Logits `(n, C)` and class indices `(n,)`, if that is what they are."""
-    if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
-        return None
-    if target.is_floating_point() or target.dtype == torch.bool:
-        return None
-    logits, labels = per_item(output.detach() if output.requires_grad else output, target)
-    if logits.ndim != 2 or labels.ndim != 1 or len(logits) != len(labels):
-        return None
-    return logits, labels
+def _countable(output: Any, target: Any) -> bool:
+    """Whether these are logits `(N, C)` or `(N, T, V)` with one class index each."""
+    return (
+        isinstance(output, torch.Tensor)
+        and isinstance(target, torch.Tensor)
+        and not target.is_floating_point()
+        and target.dtype != torch.bool
+        and output.ndim in (2, 3)
+        and output.shape[:-1] == target.shape
+    )
 
 
-def _put(row: torch.Tensor, ks: list[int], values: torch.Tensor | int) -> None:
+def _hits(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Right predictions of each of several modules, `(k,)`, from their logits `(k, N, ..., C)`."""
+    return (outputs.argmax(-1) == target).flatten(1).sum(1)
+
+
+def _put(row: torch.Tensor, ks: list[int], values: torch.Tensor) -> None:
     """`row[ks] = values` without an index tensor, whose way to the device the host would await."""
     if ks[-1] - ks[0] == len(ks) - 1:  # in the order of the modules, so without a gap
         row[ks[0] : ks[0] + len(ks)] = values
         return
     for i, k in enumerate(ks):
-        row[k] = values if isinstance(values, int) else values[i]
+        row[k] = values[i]
 
 
 class LocalMetrics:
     """Losses, accuracies and penalties of K local modules over a window of steps and an epoch.
 
-    A step only notes what the modules made; `close_step` then works on all of them at once.
+    A module only notes what it made, the end of a step copies that into a row on the device, and a
+    number of rows is added up at once: most of the cost of small things is in their number.
 
     Args:
         num_modules: K.
@@ -58,22 +65,20 @@ class LocalMetrics:
 
     def __init__(self, num_modules: int, device: torch.device) -> None:
         self._k = num_modules
-        # Rows: steps, loss, penalty, right predictions, predictions; the epoch's, the window's
-        # (MPS has no float64).
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(2, 5, num_modules, dtype=self._dtype, device=device)
+        # Loss, penalty, right predictions (MPS has no float64); of steps, of epoch and window.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._rows = torch.zeros(_ROWS, 3, num_modules, dtype=dtype, device=device)
+        self._filled = 0
+        self._sums = torch.zeros(2, 3, num_modules, dtype=dtype, device=device)
+        # What the host knows by itself, of epoch and window: losses, penalties, predictions.
+        self._counts = [[[0] * num_modules for _ in range(3)] for _ in range(2)]
         # The first step with a loss that is not finite (times K, plus the module), and the first
         # one whose input the user's step had changed.
+        self._next_step = 0
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._first_changed = torch.full((), -1, dtype=torch.int64, device=device)
         self._changed: torch.Tensor | None = None
-        self._has_hits = [False] * num_modules
-        # Steps with a penalty, which `every` makes fewer; counted on the host, as rows of `_sums`.
-        self._penalties = [[0] * num_modules, [0] * num_modules]
-        # Of the step that is going on: modules and values of each row, and outputs still to be
-        # counted, together where they have one form and the same targets.
-        self._noted: dict[int, tuple[list[int], list[torch.Tensor]]] = {}
-        self._outputs: dict[Any, tuple[list[int], list[torch.Tensor], torch.Tensor]] = {}
+        self._noted: list[tuple[int, torch.Tensor, torch.Tensor | None, Any, Any]] = []
 
     def update(
         self,
@@ -83,56 +88,76 @@ class LocalMetrics:
         target: Any,
         penalty: torch.Tensor | None = None,
     ) -> None:
-        """Notes what module k did in this step; nothing is read from the device."""
-        self._note(1, k, loss)
-        if penalty is not None:
-            self._note(2, k, penalty)
-            for counts in self._penalties:
-                counts[k] += 1
-        pair = _countable(output, target)
-        if pair is None:
-            return
-        self._has_hits[k] = True
-        logits, labels = pair
-        if logits.numel() <= _SMALL:
-            form = (logits.shape, logits.dtype, labels.data_ptr())
-            ks, outputs, _ = self._outputs.setdefault(form, ([], [], labels))
-            ks.append(k)
-            outputs.append(logits)
-        else:
-            hits = (logits.argmax(1) == labels).sum()
-            self._note(3, k, hits)
-            self._note(4, k, hits.new_full((), len(labels)))
+        """Notes what module k did in this step.
 
-    def _note(self, row: int, k: int, value: torch.Tensor) -> None:
-        ks, values = self._noted.setdefault(row, ([], []))
-        ks.append(k)
-        values.append(value.detach() if value.ndim == 0 else value.detach().reshape(()))
+        Args:
+            k: The local module.
+            loss: l_k, detached.
+            output: The prediction, detached.
+            target: The targets.
+            penalty: What the coupling added, detached.
+        """
+        if isinstance(output, torch.Tensor) and output.numel() > _SMALL:
+            if _countable(output, target):
+                self._count(2, [k], _hits(output[None], target), target.numel())
+            output = None
+        self._noted.append((k, loss, penalty, output, target))
+
+    def _count(self, kind: int, ks: list[int], values: torch.Tensor, count: int) -> None:
+        _put(self._rows[self._filled, kind], ks, values)
+        for counts in self._counts:
+            for k in ks:
+                counts[kind][k] += count
 
     def note_changed(self, changed: torch.Tensor | None) -> None:
         """Notes whether the user's step changed its input; None if it surely did not."""
         self._changed = changed
 
     def close_step(self, step: int) -> None:
-        """Adds the step to window and epoch, and marks the first loss that is not finite."""
-        sums = torch.zeros_like(self._sums[0])
-        for row, (ks, values) in self._noted.items():
-            _put(sums[row], ks, torch.stack(values))
+        """Copies what was noted to the device's rows.
+
+        Args:
+            step: Number of the batch; one more than the last time.
+        """
         if self._noted:
-            _put(sums[0], self._noted[1][0], 1)
-        for ks, outputs, labels in self._outputs.values():
-            _put(sums[3], ks, (torch.stack(outputs).argmax(2) == labels).sum(1))
-            _put(sums[4], ks, len(labels))
-        self._noted, self._outputs = {}, {}
-        bad = ~torch.isfinite(sums[1])
-        found = step * self._k + bad.to(torch.uint8).argmax()
-        fresh = (self._first_bad < 0) & bad.any()
-        self._first_bad = torch.where(fresh, found, self._first_bad)
-        self._sums += sums
+            ks = [k for k, *_ in self._noted]
+            losses = [loss if loss.ndim == 0 else loss.reshape(()) for _, loss, *_ in self._noted]
+            self._count(0, ks, torch.stack(losses), 1)
+        penalties = [(k, penalty) for k, _, penalty, _, _ in self._noted if penalty is not None]
+        if penalties:
+            self._count(1, [k for k, _ in penalties], torch.stack([p for _, p in penalties]), 1)
+        alike: dict[Any, list[tuple[int, torch.Tensor, Any]]] = {}
+        for k, _, _, output, target in self._noted:
+            if isinstance(output, torch.Tensor):
+                form = (output.shape, output.dtype, id(target))
+                alike.setdefault(form, []).append((k, output, target))
+        for group in alike.values():
+            target = group[0][2]
+            if _countable(group[0][1], target):
+                hits = _hits(torch.stack([output for _, output, _ in group]), target)
+                self._count(2, [k for k, *_ in group], hits, target.numel())
+        self._noted = []
         if self._changed is not None:
             fresh = (self._first_changed < 0) & self._changed
             self._first_changed = self._first_changed.masked_fill(fresh, step)
             self._changed = None
+        self._next_step = step + 1
+        self._filled += 1
+        if self._filled == _ROWS:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Adds the rows up, and marks the first loss in them that is not finite."""
+        if not self._filled:
+            return
+        rows = self._rows[: self._filled]
+        bad = ~torch.isfinite(rows[:, 0]).flatten()
+        found = (self._next_step - self._filled) * self._k + bad.to(torch.uint8).argmax()
+        fresh = (self._first_bad < 0) & bad.any()
+        self._first_bad = torch.where(fresh, found, self._first_bad)
+        self._sums += rows.sum(0)
+        rows.zero_()
+        self._filled = 0
 
     def check(self) -> None:
         """Raises if something was wrong; reads from the device once.
@@ -141,6 +166,7 @@ class LocalMetrics:
             ValueError: The user's step changed its input; names the first such batch.
             FloatingPointError: A loss was not finite; names the first such step and local module.
         """
+        self._fold()
         first, changed = torch.stack([self._first_bad, self._first_changed]).tolist()
         self._first_bad.fill_(-1)
         self._first_changed.fill_(-1)
@@ -161,20 +187,21 @@ class LocalMetrics:
             `local/<k>/loss`, `/accuracy` where targets are class indices, `/reconciliation` (mean
             penalty over mean loss) where the coupling has one; for the epoch with `_epoch` behind.
         """
+        self._fold()
         row = 0 if epoch else 1
-        steps, loss, penalty, hits, count = self._sums[row].clone().cpu()
+        sums = self._sums[row].clone().cpu()
         self._sums[row].zero_()
-        penalties, self._penalties[row] = self._penalties[row], [0] * self._k
+        counts = self._counts[row]
+        self._counts[row] = [[0] * self._k for _ in range(3)]
         suffix = "_epoch" if epoch else ""
-        means = (loss / steps).float()
-        accuracies = (hits / count).float().unbind()
-        ratios = (penalty / torch.tensor(penalties) / (loss / steps)).float().unbind()
+        loss, penalty, accuracy = sums / torch.tensor(counts)
+        means, ratios, accuracies = loss.float(), (penalty / loss).float(), accuracy.float()
         values: dict[str, torch.Tensor] = {}
         for k, mean in enumerate(means.unbind()):
             values[f"local/{k:02d}/loss{suffix}"] = mean
-            if self._has_hits[k]:
+            if counts[2][k]:
                 values[f"local/{k:02d}/accuracy{suffix}"] = accuracies[k]
-            if penalties[k]:
+            if counts[1][k]:
                 values[f"local/{k:02d}/reconciliation{suffix}"] = ratios[k]
         return values
 
@@ -223,10 +250,9 @@ class HeadAccuracy:
 
     def update(self, k: int, output: Any, target: Any) -> None:
         """Counts one batch of module k."""
-        pair = _countable(output, target)
-        if pair is not None:
-            self._counts[0, k] += (pair[0].argmax(1) == pair[1]).sum()
-            self._counts[1, k] += len(pair[1])
+        if _countable(output, target):
+            self._counts[0, k] += _hits(output[None], target)[0]
+            self._counts[1, k] += target.numel()
 
     def compute(self) -> torch.Tensor:
         """Accuracies `(K,)` in [0, 1]; NaN where nothing could be counted."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report import renew_table
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORTER = {"max_epochs=8": "max_epochs=1, limit_train_batches=2, limit_val_batches=1"}
@@ -46,3 +48,10 @@ def test_every_row_of_the_feature_table_has_a_test():
     assert len(rows) > 20
     for row in rows:
         assert "::test_" in row, row
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent for p in ROOT.glob("benchmarks/*/result.json")))
+def test_benchmark_tables_are_those_of_their_results(folder):
+    text = (folder / "README.md").read_text()
+    renew_table(folder)
+    assert (folder / "README.md").read_text() == text
