@@ -1,0 +1,120 @@
+"""What only a CUDA device shows; skipped, with the reason, where there is none."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from simple import Lit, Net, data, run
+from torch import nn
+
+from lightning_local import LocalLearner, LocalSummary, methods
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    # Lightning advises "tensor cores" precision by a log line, and older drivers warn.
+    pytest.mark.filterwarnings("ignore:.*torch.set_float32_matmul_precision.*:UserWarning"),
+]
+METHODS = {
+    "EndToEnd": methods.EndToEnd,
+    "Greedy": methods.Greedy,
+    "AugLocal": lambda: methods.AugLocal(depth=1),
+    "BackLink": methods.BackLink,
+    "SGR": methods.SGR,
+}
+
+
+@pytest.fixture
+def on_gpu(quiet):
+    return {**quiet, "accelerator": "gpu"}
+
+
+def learner(method, **options):
+    return lambda module: LocalLearner(module, METHODS[method](), **options)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_in_every_precision(method, precision, on_gpu):
+    options = {"precision": precision, "gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
+    trainer, model = run(learner(method), on_gpu, epochs=3, **options)
+    assert trainer.global_step == 6
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+class Still(nn.Module):
+    """Without dropout, whose random numbers are each device's own."""
+
+    def __init__(self):
+        super().__init__()
+        net = Net()
+        self.stem, self.blocks, self.fc = net.stem, net.blocks, net.fc
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_numbers_as_on_the_cpu(method, quiet, on_gpu):
+    found = [
+        run(learner(method), where, lambda: Lit(Still()), precision="64-true")[1].state_dict()
+        for where in (quiet, on_gpu)
+    ]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name].cpu(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize("method", ["BackLink", "SGR"])
+def test_resumed_with_dropout_at_an_epochs_end(method, tmp_path, on_gpu):
+    class Steady(Lit):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+    options = {**on_gpu, "enable_checkpointing": True, "deterministic": "warn"}
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    _, whole = run(learner(method), options, Steady, epochs=3, callbacks=[saving])
+    L.seed_everything(99, verbose=False)
+    resumed = learner(method)(Steady())
+    trainer = L.Trainer(max_epochs=3, **{**on_gpu, "deterministic": "warn"})
+    path = tmp_path / "epoch=0.ckpt"
+    trainer.fit(resumed, data(), data(shuffle=False), ckpt_path=path)
+    torch.use_deterministic_algorithms(False)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(tensor, resumed.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_peaks_are_the_allocators(on_gpu):
+    summary = LocalSummary(memory=True)
+    run(learner("Greedy"), on_gpu, callbacks=[summary])
+    assert len(summary.peaks) == 4
+    assert min(summary.peaks) > 0
+
+
+@pytest.mark.parametrize("method", ["Greedy", "BackLink", "SGR"])
+def test_no_wait_for_the_device_between_the_modules(method, on_gpu):
+    """What the loop itself does in a step never reads a number from the device."""
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                torch.cuda.set_sync_debug_mode("error")
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            torch.cuda.set_sync_debug_mode("default")
+
+    class Quiet(Lit):
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    try:
+        run(learner(method), on_gpu, Quiet, epochs=2, callbacks=[Watch()], log_every_n_steps=50)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", ["Greedy", "BackLink"])
+def test_compiled(method, on_gpu):
+    trainer, model = run(learner(method, compile=True), on_gpu, epochs=1)
+    assert trainer.global_step == 3
+    assert all(p.isfinite().all() for p in model.parameters())
