@@ -54,7 +54,7 @@ def make_local_modules(
             "Partition(granularity='finest') or explicit split points may cut it."
         )
     features, pools = _output_form(cutting.output, out_features, name)
-    dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    first = next(p for p in network.parameters() if p.is_floating_point())
     units = [
         Unit(
             body,
@@ -72,7 +72,7 @@ def make_local_modules(
         place = Place(k, num_modules, cutting.boundaries[k], features, pools, unit, units[unit:])
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed_for(seed, -2 - k))
-            head = method.head.build(place).to(dtype)
+            head = method.head.build(place).to(first.device, first.dtype)
             objective = method.loss.build(place, criterion)
         modules.append(LocalModule(body, head, objective))
     modules.append(LocalModule(cutting.bodies[-1], None, None))

@@ -12,15 +12,15 @@ import torch
 from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
+from lightning_local.head_accuracy import HeadAccuracy
 from lightning_local.meter import Meter
-from lightning_local.metrics import HeadAccuracy
 from lightning_local.pictures import draw
 from lightning_local.tables import print_results, print_summary
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["LocalSummary", "Restore", "wants_heads", "with_ours"]
+__all__ = ["LocalSummary", "Restore", "callbacks_of", "wants_heads", "with_ours"]
 
 _MATPLOTLIB = RequirementCache("matplotlib")
 
@@ -55,6 +55,7 @@ class LocalSummary(pl.Callback):
         self.head_accuracy = head_accuracy
         self.memory = memory
         self.pictures = pictures
+        self.added = False  # by a learner; then a fit of something else does without
         self.accuracies: list[float] = []
         self.peaks: list[int] = []
         self._validations: list[list[float]] = []
@@ -62,21 +63,23 @@ class LocalSummary(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints units, sizes, FLOPs and shapes of the local modules."""
-        learner = _learner(pl_module)
+        learner = self._learner(pl_module)
         self.accuracies, self.peaks, self._validations = [], [], []
         self._curves = {"loss": [], "accuracy": []}
-        if learner.num_modules > 1:
+        if learner is not None:
             print_summary(learner)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the last epoch's curves."""
-        self._keep(trainer, _learner(pl_module))
+        self._keep(trainer, self._learner(pl_module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the last epoch's curves."""
-        self._keep(trainer, _learner(pl_module))
+        self._keep(trainer, self._learner(pl_module))
 
-    def _keep(self, trainer: pl.Trainer, learner: LocalLearner) -> None:
+    def _keep(self, trainer: pl.Trainer, learner: LocalLearner | None) -> None:
+        if learner is None:
+            return
         for kind, rows in self._curves.items():
             names = [f"local/{k:02d}/{kind}_epoch" for k in range(learner.num_modules)]
             if len(rows) < trainer.current_epoch and all(
@@ -88,10 +91,10 @@ class LocalSummary(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measures the second step, when the optimizers have their states."""
-        learner = _learner(pl_module)
-        if not self.memory or learner.num_modules == 1 or learner.loop is None:
+        learner = self._learner(pl_module)
+        if not self.memory or learner is None or learner.loop is None:
             return
-        done = learner.loop.optimizer_steps
+        done = learner.loop.stepping.steps
         if done == 1 and learner.loop.meter is None:
             learner.loop.meter = Meter(learner.num_modules, learner.device)
         elif done > 1 and learner.loop.meter is not None:
@@ -99,28 +102,28 @@ class LocalSummary(pl.Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts counting."""
-        self._start(_learner(pl_module))
+        self._start(self._learner(pl_module))
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts counting."""
-        self._start(_learner(pl_module))
+        self._start(self._learner(pl_module))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the heads' accuracies."""
-        self._stop(_learner(pl_module), "val", log=not trainer.sanity_checking)
+        self._stop(self._learner(pl_module), "val", log=not trainer.sanity_checking)
         if self.accuracies and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._validations.append(self.accuracies)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the heads' accuracies."""
-        self._stop(_learner(pl_module), "test", log=True)
+        self._stop(self._learner(pl_module), "test", log=True)
 
-    def _start(self, learner: LocalLearner) -> None:
-        if self.head_accuracy and learner.num_modules > 1:
+    def _start(self, learner: LocalLearner | None) -> None:
+        if self.head_accuracy and learner is not None and learner.num_modules > 1:
             learner.head_accuracy = HeadAccuracy(learner.num_modules, learner.device)
 
-    def _stop(self, learner: LocalLearner, stage: str, *, log: bool) -> None:
-        if learner.head_accuracy is None:
+    def _stop(self, learner: LocalLearner | None, stage: str, *, log: bool) -> None:
+        if learner is None or learner.head_accuracy is None:
             return
         values = learner.head_accuracy.compute()
         learner.head_accuracy = None
@@ -132,8 +135,8 @@ class LocalSummary(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints and draws what each local module reached."""
-        learner = _learner(pl_module)
-        if learner.num_modules == 1:
+        learner = self._learner(pl_module)
+        if learner is None:
             return
         if learner.loop is not None and learner.loop.meter is not None:
             self.peaks, learner.loop.meter = learner.loop.meter.peaks, None
@@ -141,6 +144,16 @@ class LocalSummary(pl.Callback):
         print_results(learner, self.accuracies, self.peaks, where)
         if self.pictures and trainer.logger is not None and trainer.log_dir is not None:
             self._draw(learner, trainer.log_dir)
+
+    def _learner(self, module: pl.LightningModule) -> LocalLearner | None:
+        """The learner, if it has local modules; None for what is no learner, if that is fine."""
+        learner = _learner_or_none(module)
+        if learner is None and not self.added:
+            raise TypeError(
+                f"LocalSummary is for a LocalLearner, but the Trainer runs a "
+                f"{type(module).__name__}: wrap the module, or leave the callback out."
+            )
+        return learner if learner is not None and learner.num_modules != 1 else None
 
     @rank_zero_only
     def _draw(self, learner: LocalLearner, folder: str) -> None:
@@ -175,9 +188,10 @@ class Restore(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Undoes what `setup` and `teardown` undo in a run that ends well."""
-        learner = _learner(pl_module)
-        learner.flags.give_back(trainer)
-        learner.release()
+        learner = _learner_or_none(pl_module)
+        if learner is not None:
+            learner.flags.give_back(trainer)
+            learner.release()
         self._undo()
 
     def _undo(self) -> None:
@@ -185,6 +199,12 @@ class Restore(pl.Callback):
             # A list, though typed as a Sequence; Python has no call to take one out.
             list.remove(warnings.filters, self._filter)  # type: ignore[arg-type]
         self._filter = None
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The Trainer's callbacks."""
+    # Lightning's connectors set it, out of mypy's sight.
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def wants_heads(present: Sequence[pl.Callback]) -> bool:
@@ -204,7 +224,9 @@ def with_ours(present: Sequence[pl.Callback], own: Any) -> list[pl.Callback]:
     if not any(isinstance(callback, LocalSummary) for callback in every) and any(
         isinstance(callback, pl.callbacks.ModelSummary) for callback in every
     ):
-        added.append(LocalSummary())
+        summary = LocalSummary()
+        summary.added = True
+        added.append(summary)
     restore = next((callback for callback in every if isinstance(callback, Restore)), None)
     if restore is None:
         restore = Restore()
@@ -213,13 +235,8 @@ def with_ours(present: Sequence[pl.Callback], own: Any) -> list[pl.Callback]:
     return added
 
 
-def _learner(module: pl.LightningModule) -> LocalLearner:
+def _learner_or_none(module: pl.LightningModule) -> LocalLearner | None:
     # Here, since the learner imports this file: it adds a summary where none is given.
     from lightning_local.learner import LocalLearner
 
-    if not isinstance(module, LocalLearner):
-        raise TypeError(
-            f"LocalSummary is for a LocalLearner, but the Trainer runs a {type(module).__name__}: "
-            "wrap the module, or leave the callback out."
-        )
-    return module
+    return module if isinstance(module, LocalLearner) else None

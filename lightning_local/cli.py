@@ -32,19 +32,21 @@ class LocalCLI(LightningCLI):
     never changes what the configuration says is built.
 
     Args:
-        kwargs: Whatever `LightningCLI` takes.
+        args: Model and datamodule class, as `LightningCLI` takes them.
+        kwargs: Whatever else it takes.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         defaults: dict[str, Any] = {
             "model_class": pl.LightningModule,
             "datamodule_class": pl.LightningDataModule,
-            "subclass_mode_model": True,
-            "subclass_mode_data": True,
+            "subclass_mode_model": not args and "model_class" not in kwargs,
+            "subclass_mode_data": len(args) < 2 and "datamodule_class" not in kwargs,
             "save_config_kwargs": {"overwrite": True},
             "parser_class": _Parser,
         }
-        super().__init__(**{**defaults, **kwargs})
+        given = dict(zip(("model_class", "datamodule_class"), args, strict=False))
+        super().__init__(*args[2:], **{**defaults, **given, **kwargs})
 
     @staticmethod
     @functools.cache  # jsonargparse makes a class of each function, one per name

@@ -32,6 +32,7 @@ class Compiled:
 
     def __init__(self, learner: LocalLearner) -> None:
         self._targets: list[nn.Module] = []
+        self._before: list[Any] = []
         if not learner.compiles:
             return
         modules, coupling = learner.modules_in_order(), learner.method.coupling
@@ -47,6 +48,7 @@ class Compiled:
                 f"{len(modules) - 1} twice, which compiled code can't do, so they stay eager; "
                 "local module 0 is compiled."
             )
+        self._before = [target._compiled_call_impl for target in self._targets]
         for number, target in enumerate(self._targets):
             # In the place that torch's own Module.compile fills.
             target._compiled_call_impl = functools.partial(_compiled(number), target)
@@ -62,9 +64,9 @@ class Compiled:
             yield
 
     def close(self) -> None:
-        """Makes everything eager again."""
-        for target in self._targets:
-            target._compiled_call_impl = None
+        """Makes everything as it was before."""
+        for target, before in zip(self._targets, self._before, strict=True):
+            target._compiled_call_impl = before
 
 
 def _compiled(number: int) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_map_only
@@ -26,7 +27,7 @@ from lightning_local.wrapping import as_inputs
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["example_inputs", "outputs_behind"]
+__all__ = ["example_inputs", "let_go", "outputs_behind"]
 
 _logger = logging.getLogger(__name__)
 _SET_ONE = "set example_input_array in the wrapped module"
@@ -38,12 +39,13 @@ def example_inputs(learner: LocalLearner) -> tuple[Any, ...]:
     Raises:
         ValueError: There is no example, and no data that can be looked at.
     """
+    device = next((p.device for p in learner.network.parameters()), torch.device("cpu"))
     example = learner.module.example_input_array
     if example is not None:
-        return _through_forward(learner, example)
+        return _through_forward(learner, move_data_to_device(example, device))
     with isolate_rng():
         batch = _two_samples(_loader(learner))
-        batch = learner._apply_batch_transfer_handler(batch, device=torch.device("cpu"))
+        batch = learner._apply_batch_transfer_handler(batch, device=device)
         return as_inputs(learner.unpack(batch)[0])
 
 
@@ -97,6 +99,12 @@ def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None
     )
 
 
+def let_go(trainer: Any) -> None:
+    """Takes off what waits for Lightning to ask for a dataloader, in case it did not."""
+    for loop in (trainer.fit_loop, trainer.validate_loop, trainer.test_loop):
+        loop._data_source.__dict__.pop("dataloader", None)
+
+
 class _Called(BaseException):
     """Carries what the network was called with out of the user's forward."""
 
@@ -141,9 +149,9 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def _loader(learner: LocalLearner) -> Any:
     """The training dataloader, or that of another loop that runs now."""
     trainer = learner.trainer
-    loops: list[Any] = [trainer.fit_loop, trainer.validate_loop, trainer.test_loop]
-    source = next((s for loop in loops if (s := loop._data_source).is_defined()), None)
-    if source is None:
+    loops: dict[str, Any] = {"validate": trainer.validate_loop, "test": trainer.test_loop}
+    source = loops.get(str(trainer.state.fn), trainer.fit_loop)._data_source
+    if not source.is_defined():
         raise ValueError(
             f"The local modules' shapes can't be found without an input: {_SET_ONE}, or give the "
             "Trainer a train_dataloader."

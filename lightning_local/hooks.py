@@ -34,8 +34,8 @@ HOOKS = (
     "on_fit_start",
     "on_fit_end",
     "on_train_end",
-    "on_train_epoch_start",
     "on_train_batch_start",
+    "on_train_batch_end",
     "on_validation_start",
     "on_validation_end",
     "on_validation_epoch_start",
@@ -195,6 +195,8 @@ class _Automatic:
         self._learner = learner
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_learner") or name.startswith("__"):
+            raise AttributeError(name)
         return getattr(self._learner, name)
 
 

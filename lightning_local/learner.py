@@ -18,14 +18,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_local import arguments, hooks, optim, state
 from lightning_local.build import make_local_modules, parameters_per_module
-from lightning_local.callbacks import wants_heads, with_ours
-from lightning_local.examples import example_inputs, outputs_behind
+from lightning_local.callbacks import callbacks_of, wants_heads, with_ours
+from lightning_local.examples import example_inputs, let_go, outputs_behind
+from lightning_local.head_accuracy import AfterHeads, HeadAccuracy
 from lightning_local.hooks import call_hook
 from lightning_local.links import InProcessLinks, Links
 from lightning_local.local_module import LocalModule
 from lightning_local.loop import TrainingLoop
 from lightning_local.methods import LocalMethod
-from lightning_local.metrics import AfterHeads, HeadAccuracy
 from lightning_local.optim import TrainerFlags
 from lightning_local.partition import Partition, check_names
 from lightning_local.randomness import Streams
@@ -139,31 +139,37 @@ class LocalLearner(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is no part of the run that goes on."""
-        return {**super().__getstate__(), "loop": None}
+        run: dict[str, Any] = {
+            "loop": None,
+            "head_accuracy": None,
+            "configs": [],
+            "flags": TrainerFlags(),
+        }
+        return {**super().__getstate__(), **run, "links": InProcessLinks()}
 
     def configure_callbacks(self) -> Any:
         """The user's callbacks and ours; takes over the Trainer's flags (see `TrainerFlags`)."""
         # A LightningCLI with --optimizer puts its own method on the instance; it is the recipe.
         self._given_optimizer = self.__dict__.pop("configure_optimizers", self._given_optimizer)
         arguments.check_optimizer(self._given_optimizer, self.optimizer_callable)
+        added = with_ours(callbacks_of(self.trainer), call_hook(self.module, "configure_callbacks"))
+        hooks.check_callbacks([*callbacks_of(self.trainer), *added], self.module)
         self.flags.take(self.trainer)
-        added = with_ours(self._callbacks(), call_hook(self.module, "configure_callbacks"))
-        hooks.check_callbacks([*self._callbacks(), *added], self.module)
         return added
 
-    def _callbacks(self) -> list[pl.Callback]:
-        # Lightning's connectors set it, out of mypy's sight.
-        return list(self.trainer.callbacks)  # type: ignore[attr-defined]
-
     def release(self) -> None:
-        """Takes everything the run bound to the user's module and the Trainer off again."""
+        """Takes everything the run hung on the Trainer off again, and drops what a step held."""
         state.unguard_loading(self.trainer.strategy)
+        let_go(self.trainer)
+        self.head_accuracy = None
+        self.links = InProcessLinks()
         if self.loop is not None:
             self.loop.close()
 
     def setup(self, stage: str) -> None:
         """Cuts the network and makes the heads, before weights and optimizers are restored."""
         self.flags.give_back(self.trainer)
+        self.resumed = state.Resumed()
         hooks.check_trainer(self.trainer)
         state.guard_loading(self.trainer.strategy)
         call_hook(self.module, "setup", stage)
@@ -187,7 +193,7 @@ class LocalLearner(Wrapper):
     def _build(self, stage: str) -> None:
         if not self.network_name:
             self._find_network()
-        wanted = stage == "fit" or wants_heads(self._callbacks())
+        wanted = stage == "fit" or (stage != "predict" and wants_heads(callbacks_of(self.trainer)))
         if wanted and self.num_modules != 1 and self.cutting is None:
             self.build(*example_inputs(self))
 
@@ -259,9 +265,11 @@ class LocalLearner(Wrapper):
         assert self.loop is not None
         return self.loop.run(batch, batch_idx)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The user's hook."""
-        call_hook(self.module, "on_train_batch_end", outputs, batch, batch_idx)
+    def on_train_epoch_start(self) -> None:
+        """What a resumed run has to make up for, then the user's hook."""
+        assert self.loop is not None
+        self.loop.start_epoch()
+        call_hook(self.module, "on_train_epoch_start")
 
     def on_train_epoch_end(self) -> None:
         """The user's hook, then the epoch's local metrics are logged."""
@@ -271,8 +279,8 @@ class LocalLearner(Wrapper):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Writes the user's checkpoint with one entry of ours, after a look for NaN losses."""
-        if self.loop is not None:
-            self.loop.metrics.check()
+        if self.loop is not None and self.trainer.state.status != "interrupted":
+            self.loop.check_losses()
         state.save(self, checkpoint)
         call_hook(self.module, "on_save_checkpoint", checkpoint)
 

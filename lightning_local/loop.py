@@ -22,7 +22,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.trainer import call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_local.compiling import Compiled
@@ -30,12 +29,13 @@ from lightning_local.couplings import Work
 from lightning_local.hooks import SavingByStep
 from lightning_local.message import Message
 from lightning_local.meter import Meter, existing
-from lightning_local.metrics import LocalMetrics, Publisher
-from lightning_local.optim import count_once
-from lightning_local.precision import LossScalers
+from lightning_local.metrics import LocalMetrics
+from lightning_local.precision import LossScalers, outside_precision
+from lightning_local.publisher import Publisher
 from lightning_local.randomness import set_global_states
 from lightning_local.schedules import Schedules
 from lightning_local.state import Resumed
+from lightning_local.stepping import Stepping
 from lightning_local.substitute import Expected, Substitute
 from lightning_local.wrapping import as_inputs, check_target, run_step
 
@@ -60,38 +60,54 @@ class TrainingLoop:
         self.owned = range(self.num_modules)
         self.metrics = LocalMetrics(self.num_modules, self.device)
         self.scalers = LossScalers(self.trainer, self.num_modules)
-        self.schedules = Schedules(learner, learner.configs)
-        self._saving = SavingByStep(learner)
-        self._publisher = Publisher(self.trainer)
         self._compiled = Compiled(learner)
         self.coupling = learner.method.coupling
-        optimizers = learner.optimizers()
-        self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        for optimizer in self.optimizers if self.num_modules > 1 else ():
-            optimizer.zero_grad()
+        self.stepping = Stepping(learner, self.scalers, self.owned)
         # Lightning's connectors set it, out of mypy's sight.
         self._profiler = self.trainer.profiler  # type: ignore[attr-defined]
         self._names = [f"local/{k:02d}" for k in range(self.num_modules)]
         self._modules = learner.modules_in_order()
         self._first = True
-        self._zeroed = False
+        self._random: dict[str, Any] | None = None
+        self._dtype = torch.get_default_dtype()
         self._expected: Expected | None = None
         self._result: Any = None
-        self.optimizer_steps = 0
         self.meter: Meter | None = None
+        # Last, since they hang themselves on the Trainer, which only `close` undoes.
+        self.schedules = Schedules(learner, learner.configs)
+        self._saving = SavingByStep(learner)
+        self._publisher = Publisher(self.trainer)
 
     def resume(self, resumed: Resumed) -> None:
         """Goes on where a checkpoint was saved."""
         self.scalers.load(resumed.scalers)
         self.schedules.load(resumed.plateau)
-        if resumed.random is not None:
+        if resumed.mid_epoch and resumed.random is not None:
+            # The iterator existed already, so nothing draws before the next batch.
             set_global_states(resumed.random)
+        else:
+            self._random = resumed.random
+
+    def start_epoch(self) -> None:
+        """Makes up for what a resumed run leaves out, or does once more."""
+        self.schedules.catch_up()
+        loop = self.trainer.fit_loop
+        again = not loop.is_resuming and not loop.epoch_loop.restarting
+        if self._random is not None and self.trainer.current_epoch > 0 and again:
+            # Lightning asks the loader for an iterator a second time now.
+            set_global_states(self._random)
+
+    def check_losses(self) -> None:
+        """Raises for a loss that was not finite, unless a loss scaler skips such steps."""
+        self.metrics.check(losses=not self.scalers.scaling)
 
     def close(self) -> None:
         """Takes what the loop hung on the Trainer off it again."""
         self.schedules.close()
         self._saving.close()
         self._publisher.close()
+        self.metrics.forget_step()
+        self._expected = self._result = None
         self._compiled.close()
 
     def run(self, batch: Any, batch_idx: int) -> Any:
@@ -104,13 +120,14 @@ class TrainingLoop:
             stack.enter_context(self._compiled.running())
             if self.meter is not None:
                 stack.enter_context(
-                    self.meter.running(existing(self.learner, self.optimizers, batch))
+                    self.meter.running(existing(self.learner, self.stepping.optimizers, batch))
                 )
             return self._run(batch, batch_idx)
 
     def _run(self, batch: Any, batch_idx: int) -> Any:
         learner = self.learner
-        count_once(self.trainer, counted=self.owned[-1])
+        self.stepping.start(batch_idx)
+        self._random = None
         unpacked, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
         inputs = as_inputs(unpacked)
         self._expected = Expected.of(inputs)
@@ -128,7 +145,7 @@ class TrainingLoop:
         if waiting is not None:
             self._finish(*waiting)
         self._first = False
-        self.optimizer_steps += not self._accumulates()
+        self.stepping.end()
         self.metrics.close_step(learner.batches)
         learner.batches += 1
         self._log_window()
@@ -148,7 +165,7 @@ class TrainingLoop:
             if work.loss is None:  # the user's step skips this batch
                 return work
             loss = work.loss.detach()
-            with torch.autocast(self.device.type, enabled=False):
+            with outside_precision(self.device, self._dtype):
                 gradient = coupling.prepare(work)  # 3
                 if k < self.num_modules - 1:
                     onward = (message.target, message.batch, message.batch_idx)
@@ -158,7 +175,7 @@ class TrainingLoop:
                 links.return_error(k - 1, error)  # 6
             self.metrics.update(k, loss, output, message.target, work.penalty)
         if not coupling.returns_error:
-            work.hidden = None
+            work.hidden = work.input = work.received = None
         return work
 
     def _forward(self, k: int, message: Message) -> tuple[Work, tuple[Any, ...], Any]:
@@ -181,7 +198,7 @@ class TrainingLoop:
             loss: torch.Tensor | None
             if module is None:
                 loss, output = self._users_step(message), None
-                self._zero_once()
+                self.stepping.before_backward()
             elif last:
                 assert self._expected is not None
                 network = Substitute(
@@ -240,33 +257,10 @@ class TrainingLoop:
 
     def _finish(self, k: int, work: Work) -> None:
         """Steps 7 and 8."""
-        if self.coupling.returns_error and k < self.num_modules - 1:
-            error = self.learner.links.await_error(k)
-            with torch.autocast(self.device.type, enabled=False):
-                self.coupling.link(work, error)  # 7
-        if not self._accumulates():
-            with self.scalers.using(k), self._metered(k):
-                self.optimizers[k].step()  # 8
-            self._zeroed = False
-            if self.num_modules > 1:
-                self._zero(k)
-
-    def _zero(self, k: int) -> None:
-        """Releases gradients: of local modules right after their step, which saves memory."""
-        optimizer = self.optimizers[k]
-        raw = optimizer.optimizer
-        call._call_callback_hooks(self.trainer, "on_before_zero_grad", raw)
-        call._call_lightning_module_hook(self.trainer, "on_before_zero_grad", raw)
-        optimizer.zero_grad()
-
-    def _zero_once(self) -> None:
-        """With one module at automatic optimization's moment: before a window's first backward."""
-        if not self._zeroed:
-            self._zero(0)
-            self._zeroed = True
-
-    def _accumulates(self) -> bool:
-        return self.trainer.fit_loop.epoch_loop._should_accumulate()
+        with outside_precision(self.device, self._dtype), self._metered(k):
+            if self.coupling.returns_error and k < self.num_modules - 1:
+                self.coupling.link(work, self.learner.links.await_error(k))  # 7
+            self.stepping.step(k)  # 8
 
     def _metered(self, k: int) -> AbstractContextManager[None]:
         return self.meter.module(k) if self.meter is not None else nullcontext()
@@ -285,14 +279,14 @@ class TrainingLoop:
 
     def _log_window(self) -> None:
         """Logs and checks the window's means when Lightning's loggers are due."""
-        if not self.trainer._logger_connector.should_update_logs:
+        if not self.trainer._logger_connector.should_update_logs or self.stepping.accumulates:
             return
-        self.metrics.check()
+        self.check_losses()
         if self.num_modules > 1 and not self.trainer.barebones:
             self._publisher.publish(self.metrics.read())
 
     def log_epoch(self) -> None:
         """Logs the epoch's means of the local metrics."""
-        self.metrics.check()
+        self.check_losses()
         if self.num_modules > 1 and not self.trainer.barebones:
             self._publisher.publish(self.metrics.read(epoch=True))

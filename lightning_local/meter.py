@@ -40,6 +40,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(tensor)
 
     def _note(self, tensor: torch.Tensor) -> None:
+        if tensor.layout != torch.strided:
+            return  # a sparse tensor's storages are those of its indices and values
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._sizes:

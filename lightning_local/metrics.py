@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
 
 from lightning_local.substitute import OTHER_INPUT
-from lightning_local.wrapping import as_inputs
 
 if TYPE_CHECKING:
-    from lightning_local.learner import LocalLearner
+    pass
 
-__all__ = ["AfterHeads", "HeadAccuracy", "LocalMetrics", "Publisher"]
+__all__ = ["LocalMetrics", "countable", "hits"]
 
 
 # Outputs of up to this many numbers wait for the end of the step, to be counted together.
@@ -26,7 +24,7 @@ _SMALL = 2**16
 _ROWS = 64
 
 
-def _countable(output: Any, target: Any) -> bool:
+def countable(output: Any, target: Any) -> bool:
     """Whether these are logits `(N, C)` or `(N, T, V)` with one class index each."""
     return (
         isinstance(output, torch.Tensor)
@@ -38,8 +36,11 @@ def _countable(output: Any, target: Any) -> bool:
     )
 
 
-def _hits(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Right predictions of each of several modules, `(k,)`, from their logits `(k, N, ..., C)`."""
+def hits(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Right predictions of each of several modules, `(k,)`, from their logits `(k, N, ..., C)`.
+
+    Negative targets, which cross entropy ignores, are neither right nor counted.
+    """
     return (outputs.argmax(-1) == target).flatten(1).sum(1)
 
 
@@ -65,12 +66,13 @@ class LocalMetrics:
 
     def __init__(self, num_modules: int, device: torch.device) -> None:
         self._k = num_modules
-        # Loss, penalty, right predictions (MPS has no float64); of steps, of epoch and window.
+        # Loss, penalty, right predictions, predictions (MPS has no float64); of steps, of epoch and
+        # window.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._rows = torch.zeros(_ROWS, 3, num_modules, dtype=dtype, device=device)
+        self._rows = torch.zeros(_ROWS, 4, num_modules, dtype=dtype, device=device)
         self._filled = 0
-        self._sums = torch.zeros(2, 3, num_modules, dtype=dtype, device=device)
-        # What the host knows by itself, of epoch and window: losses, penalties, predictions.
+        self._sums = torch.zeros(2, 4, num_modules, dtype=dtype, device=device)
+        # How many steps gave a loss, a penalty, predictions: of epoch and window, on the host.
         self._counts = [[[0] * num_modules for _ in range(3)] for _ in range(2)]
         # The first step with a loss that is not finite (times K, plus the module), and the first
         # one whose input the user's step had changed.
@@ -98,16 +100,20 @@ class LocalMetrics:
             penalty: What the coupling added, detached.
         """
         if isinstance(output, torch.Tensor) and output.numel() > _SMALL:
-            if _countable(output, target):
-                self._count(2, [k], _hits(output[None], target), target.numel())
+            if countable(output, target):
+                self._count_hits([k], output[None], target)
             output = None
         self._noted.append((k, loss, penalty, output, target))
 
-    def _count(self, kind: int, ks: list[int], values: torch.Tensor, count: int) -> None:
+    def _count(self, kind: int, ks: list[int], values: torch.Tensor) -> None:
         _put(self._rows[self._filled, kind], ks, values)
         for counts in self._counts:
             for k in ks:
-                counts[kind][k] += count
+                counts[kind][k] += 1
+
+    def _count_hits(self, ks: list[int], outputs: torch.Tensor, target: torch.Tensor) -> None:
+        self._count(2, ks, hits(outputs, target))
+        _put(self._rows[self._filled, 3], ks, (target >= 0).sum().expand(len(ks)))
 
     def note_changed(self, changed: torch.Tensor | None) -> None:
         """Notes whether the user's step changed its input; None if it surely did not."""
@@ -122,10 +128,10 @@ class LocalMetrics:
         if self._noted:
             ks = [k for k, *_ in self._noted]
             losses = [loss if loss.ndim == 0 else loss.reshape(()) for _, loss, *_ in self._noted]
-            self._count(0, ks, torch.stack(losses), 1)
+            self._count(0, ks, torch.stack(losses))
         penalties = [(k, penalty) for k, _, penalty, _, _ in self._noted if penalty is not None]
         if penalties:
-            self._count(1, [k for k, _ in penalties], torch.stack([p for _, p in penalties]), 1)
+            self._count(1, [k for k, _ in penalties], torch.stack([p for _, p in penalties]))
         alike: dict[Any, list[tuple[int, torch.Tensor, Any]]] = {}
         for k, _, _, output, target in self._noted:
             if isinstance(output, torch.Tensor):
@@ -133,9 +139,9 @@ class LocalMetrics:
                 alike.setdefault(form, []).append((k, output, target))
         for group in alike.values():
             target = group[0][2]
-            if _countable(group[0][1], target):
-                hits = _hits(torch.stack([output for _, output, _ in group]), target)
-                self._count(2, [k for k, *_ in group], hits, target.numel())
+            if countable(group[0][1], target):
+                outputs = torch.stack([output for _, output, _ in group])
+                self._count_hits([k for k, *_ in group], outputs, target)
         self._noted = []
         if self._changed is not None:
             fresh = (self._first_changed < 0) & self._changed
@@ -159,8 +165,15 @@ class LocalMetrics:
         rows.zero_()
         self._filled = 0
 
-    def check(self) -> None:
+    def forget_step(self) -> None:
+        """Drops what was noted of a step that did not end."""
+        self._noted, self._changed = [], None
+
+    def check(self, losses: bool = True) -> None:
         """Raises if something was wrong; reads from the device once.
+
+        Args:
+            losses: Whether losses have to be finite.
 
         Raises:
             ValueError: The user's step changed its input; names the first such batch.
@@ -172,7 +185,7 @@ class LocalMetrics:
         self._first_changed.fill_(-1)
         if changed >= 0:
             raise ValueError(f"In batch {changed} (counted from 0): {OTHER_INPUT}")
-        if first >= 0:
+        if first >= 0 and losses:
             raise FloatingPointError(
                 f"The loss of local module {first % self._k} of {self._k} was NaN or infinite in "
                 f"batch {first // self._k} (counted from 0), the first such one: lower the "
@@ -194,101 +207,15 @@ class LocalMetrics:
         counts = self._counts[row]
         self._counts[row] = [[0] * self._k for _ in range(3)]
         suffix = "_epoch" if epoch else ""
-        loss, penalty, accuracy = sums / torch.tensor(counts)
+        loss, penalty = sums[:2] / torch.tensor(counts[:2])
+        accuracy = sums[2] / sums[3]
         means, ratios, accuracies = loss.float(), (penalty / loss).float(), accuracy.float()
         values: dict[str, torch.Tensor] = {}
         for k, mean in enumerate(means.unbind()):
-            values[f"local/{k:02d}/loss{suffix}"] = mean
+            if counts[0][k]:
+                values[f"local/{k:02d}/loss{suffix}"] = mean
             if counts[2][k]:
                 values[f"local/{k:02d}/accuracy{suffix}"] = accuracies[k]
             if counts[1][k]:
                 values[f"local/{k:02d}/reconciliation{suffix}"] = ratios[k]
         return values
-
-
-class Publisher:
-    """Hands values to loggers and callbacks in Lightning's next call, as one more part of it.
-
-    `self.log` costs 0.2 ms and more per value, since it goes through all earlier ones; K local
-    modules would make it the largest part of a step.
-
-    Args:
-        trainer: Whose loggers and callbacks.
-    """
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._connector = trainer._logger_connector
-
-    def publish(self, values: dict[str, torch.Tensor]) -> None:
-        """Callbacks see the values at once, loggers with what the user logs in this step."""
-        connector = self._connector
-        connector._callback_metrics.update(values)
-        connector._logged_metrics.update(values)
-        log = type(connector).log_metrics.__get__(connector)
-
-        def log_metrics(metrics: dict[str, Any], step: int | None = None) -> None:
-            self.close()
-            log({**metrics, **values}, step)
-
-        connector.__dict__["log_metrics"] = log_metrics
-
-    def close(self) -> None:
-        """Gives the connector its own method back."""
-        self._connector.__dict__.pop("log_metrics", None)
-
-
-class HeadAccuracy:
-    """Right predictions of every head over a validation or test run.
-
-    Args:
-        num_modules: K.
-        device: Where the modules run.
-    """
-
-    def __init__(self, num_modules: int, device: torch.device) -> None:
-        self._counts = torch.zeros(2, num_modules, dtype=torch.int64, device=device)
-
-    def update(self, k: int, output: Any, target: Any) -> None:
-        """Counts one batch of module k."""
-        if _countable(output, target):
-            self._counts[0, k] += _hits(output[None], target)[0]
-            self._counts[1, k] += target.numel()
-
-    def compute(self) -> torch.Tensor:
-        """Accuracies `(K,)` in [0, 1]; NaN where nothing could be counted."""
-        return self._counts[0].double() / self._counts[1]
-
-
-class AfterHeads:
-    """The user's evaluation step, behind the chain of bodies and heads if somebody counts them.
-
-    An object, so that a copy of the learner has steps of its own; wrapped, so that Lightning sees
-    which arguments the user's step takes.
-
-    Args:
-        learner: The learner.
-        name: Of the step.
-    """
-
-    def __init__(self, learner: LocalLearner, name: str) -> None:
-        self._learner = learner
-        self.__wrapped__ = getattr(learner.module, name)
-
-    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs both."""
-        if self._learner.head_accuracy is not None:
-            _run_heads(self._learner, self._learner.head_accuracy, batch)
-        return self.__wrapped__(batch, *args, **kwargs)
-
-
-@torch.no_grad()
-def _run_heads(learner: LocalLearner, accuracy: HeadAccuracy, batch: Any) -> None:
-    inputs, target = learner.unpack(batch)
-    values = as_inputs(inputs)
-    for k, module in enumerate(learner.modules_in_order()):
-        body = module.body
-        if body.in_place and k == 0:
-            values = (values[0].clone(), *values[1:])
-        out = module(*values)
-        accuracy.update(k, out if module.head is None else module.predict(out[0]), target)
-        values = out

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.core.optimizer import (
     LightningOptimizer,
     _configure_optimizers,
@@ -37,19 +38,19 @@ class TrainerFlags:
     """
 
     def __init__(self) -> None:
-        self._taken: tuple[Any, int] | None = None
+        self._taken: tuple[pl.Trainer, Any, int] | None = None
 
     def take(self, trainer: pl.Trainer) -> None:
         """Remembers the flags and sets them to what Lightning lets pass."""
-        if self._taken is None:
-            self._taken = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
+        if self._taken is None or self._taken[0] is not trainer:
+            self._taken = (trainer, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
 
     def give_back(self, trainer: pl.Trainer) -> None:
         """Sets the flags as the user did."""
-        if self._taken is not None:
-            trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._taken
-            self._taken = None
+        if self._taken is not None and self._taken[0] is trainer:
+            _, trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._taken
+        self._taken = None
 
 
 def read_recipe(configured: Any) -> Recipe:
@@ -73,6 +74,11 @@ def read_recipe(configured: Any) -> Recipe:
     optimizer = optimizers[0]
     if isinstance(optimizer, LightningOptimizer):
         optimizer = optimizer.optimizer
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss again and again within one step, and a local module's loss "
+            "is computed once per batch: use another optimizer."
+        )
     return optimizer, _configure_schedulers_automatic_opt(schedulers, monitor)
 
 
@@ -130,6 +136,10 @@ def clone_per_module(
     for ids, head in zip(mine, heads, strict=True):
         memo: dict[int, Any] = {id(each): each for each in (*listed, *shared)}
         clone, schedulers = copy.deepcopy((optimizer, [c.scheduler for c in configs]), memo)
+        # What torch leaves out when an optimizer is copied: attributes of the user's own class.
+        for name, value in vars(optimizer).items():
+            if name not in vars(clone):
+                setattr(clone, name, copy.deepcopy(value, memo))
         for group in clone.param_groups:
             kept = [i for i, p in enumerate(group["params"]) if id(p) in ids]
             for key in ("params", "param_names"):
@@ -175,7 +185,8 @@ def build_from_callables(
     """
     recipes = []
     for k, (body, head) in enumerate(zip(own, heads, strict=True)):
-        parameters = [p for p in (*body, *head) if p.requires_grad]
+        # A frozen classifier is a local module with nothing to train; optimizers want a parameter.
+        parameters = [p for p in (*body, *head) if p.requires_grad] or [*body, *head]
         made = optimizer(parameters)
         if not isinstance(made, Optimizer):
             raise ValueError(

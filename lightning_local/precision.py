@@ -14,7 +14,24 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-__all__ = ["LossScalers"]
+__all__ = ["LossScalers", "outside_precision"]
+
+
+@contextmanager
+def outside_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Runs what automatic optimization runs outside of a step's precision: backward and step.
+
+    Args:
+        device: Whose autocast is switched off.
+        dtype: The default type of new tensors.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class LossScalers:
@@ -46,6 +63,11 @@ class LossScalers:
             yield
         finally:
             self._plugin.scaler = self._scalers[-1]
+
+    @property
+    def scaling(self) -> bool:
+        """Whether losses are scaled, by our scalers or the plugin's own."""
+        return getattr(self._plugin, "scaler", None) is not None
 
     def factor(self, k: int, device: torch.device) -> torch.Tensor | float:
         """The current scale of local module k, on the device: nothing is read back."""

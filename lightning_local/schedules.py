@@ -50,7 +50,11 @@ class Schedules:
             return
         if interval == "epoch":
             self._epoch_waits = not update_plateau_schedulers
-        for config in self._due(interval, update_plateau_schedulers):
+        self._step(self._due(interval, update_plateau_schedulers))
+
+    def _step(self, configs: Sequence[LRSchedulerConfig]) -> None:
+        trainer = self._learner.trainer
+        for config in configs:
             metric = None
             if config.reduce_on_plateau:
                 assert config.monitor is not None
@@ -66,7 +70,16 @@ class Schedules:
                     continue
             self._learner.lr_scheduler_step(config.scheduler, metric)
 
-    def _due(self, interval: str, plateau: bool) -> list[LRSchedulerConfig]:
+    def catch_up(self) -> None:
+        """Steps what the last epoch's end has left, when a new epoch starts.
+
+        Lightning leaves out metric schedulers at the end of an epoch that a run was resumed in.
+        """
+        if self._epoch_waits:
+            self._epoch_waits = False
+            self._step(self._due("epoch", plateau=True, behind=1))
+
+    def _due(self, interval: str, plateau: bool, behind: int = 0) -> list[LRSchedulerConfig]:
         trainer = self._learner.trainer
         done = (
             trainer.fit_loop.epoch_loop.batch_idx if interval == "step" else trainer.current_epoch
@@ -76,7 +89,7 @@ class Schedules:
             for config in self._configs
             if config.interval == interval
             and config.reduce_on_plateau == plateau
-            and (done + 1) % config.frequency == 0
+            and (done - behind + 1) % config.frequency == 0
         ]
 
     def save(self) -> dict[str, float]:
@@ -85,10 +98,18 @@ class Schedules:
         Checkpoints of an epoch's end are written before `ReduceLROnPlateau` steps, and a resumed
         run never comes back to that moment.
         """
+        trainer = self._learner.trainer
+        connector = trainer._logger_connector
         if not self._epoch_waits:
             return {}
+        if trainer.validating:
+            # Metrics of training are means over the epoch only later.
+            found = connector.metrics["callback"]
+        elif connector._first_loop_iter is None:
+            found = trainer.callback_metrics
+        else:
+            return {}  # after the last batch, but before validation
         waiting: Any = {config.monitor for config in self._due("epoch", plateau=True)}
-        found = self._learner.trainer.callback_metrics
         return {name: float(found[name]) for name in sorted(waiting) if name in found}
 
     def load(self, metrics: dict[str, float]) -> None:

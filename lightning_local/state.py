@@ -48,12 +48,14 @@ class Resumed:
     Attributes:
         scalers: States of the K loss scalers; empty without fp16.
         plateau: Metrics for the schedulers that were about to step.
-        random: States of the process's generators in the middle of an epoch.
+        random: States of the process's generators.
+        mid_epoch: Whether the run was saved within an epoch.
     """
 
     scalers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     plateau: dict[str, float] = dataclasses.field(default_factory=dict)
     random: dict[str, Any] | None = None
+    mid_epoch: bool = False
 
 
 def guard_loading(strategy: Any) -> None:
@@ -155,11 +157,10 @@ def load(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
     if fitting:
         learner.batches = entry["batches"]
         learner.streams.load(entry["streams"])
-        learner.resumed = Resumed(entry["scalers"], entry["plateau"])
-        if entry["mid_epoch"]:
-            # The iterator existed already, so nothing draws before the next batch.
-            learner.resumed.random = entry["random"]
-        else:
+        learner.resumed = Resumed(
+            entry["scalers"], entry["plateau"], entry["random"], entry["mid_epoch"]
+        )
+        if not entry["mid_epoch"]:
             _set_before_shuffling(learner, entry["random"])
     checkpoint["state_dict"] = {**state, **heads}
 

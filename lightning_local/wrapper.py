@@ -72,7 +72,8 @@ class Wrapper(pl.LightningModule):
             return super().__getattr__(name)
         except AttributeError:
             module = self.__dict__.get("_modules", {}).get("module")
-            if module is None or name.startswith("__"):
+            # What the class has is not looked for: there a property of its own has failed.
+            if module is None or name.startswith("__") or hasattr(type(self), name):
                 raise
             return getattr(module, name)
 
@@ -109,6 +110,12 @@ class Wrapper(pl.LightningModule):
             state_dict: Keys of the user's module behind `module.`, the others' as they are.
             strict: Whether keys have to match.
             assign: Whether tensors are taken over instead of copied.
+
+        Returns:
+            What `load_state_dict` of the user's module returns.
+
+        Raises:
+            RuntimeError: The heads are others, or the user's module refuses its part.
         """
         prefix = "module."
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}

@@ -36,7 +36,7 @@ LAYERS = [
     {"hooks", "substitute", "wrapper", "wrapping", "optim", "precision", "schedules", "arguments"},
     {"examples"},
     {"build", "metrics", "state"},
-    {"compiling", "tables", "pictures"},
+    {"compiling", "stepping", "head_accuracy", "publisher", "tables", "pictures"},
     {"callbacks", "loop"},
     {"learner"},
     {"cli"},

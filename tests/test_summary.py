@@ -101,8 +101,10 @@ def test_peaks_are_those_of_a_count_from_outside(method, window, quiet):
         peak = 0
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if pl_module.loop.optimizer_steps == 1:
-                self.counter = LiveBytes(existing(pl_module, pl_module.loop.optimizers, batch))
+            if pl_module.loop.stepping.steps == 1:
+                self.counter = LiveBytes(
+                    existing(pl_module, pl_module.loop.stepping.optimizers, batch)
+                )
                 self.counter.__enter__()
 
         def on_train_batch_end(self, trainer, pl_module, *args):

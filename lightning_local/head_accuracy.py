@@ -1,0 +1,72 @@
+"""Accuracy of every head in validation and test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_local.metrics import countable, hits
+from lightning_local.wrapping import as_inputs
+
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
+
+__all__ = ["AfterHeads", "HeadAccuracy"]
+
+
+class HeadAccuracy:
+    """Right predictions of every head over a validation or test run.
+
+    Args:
+        num_modules: K.
+        device: Where the modules run.
+    """
+
+    def __init__(self, num_modules: int, device: torch.device) -> None:
+        self._counts = torch.zeros(2, num_modules, dtype=torch.int64, device=device)
+
+    def update(self, k: int, output: Any, target: Any) -> None:
+        """Counts one batch of module k."""
+        if countable(output, target):
+            self._counts[0, k] += hits(output[None], target)[0]
+            self._counts[1, k] += (target >= 0).sum()
+
+    def compute(self) -> torch.Tensor:
+        """Accuracies `(K,)` in [0, 1]; NaN where nothing could be counted."""
+        return self._counts[0].cpu().double() / self._counts[1].cpu()
+
+
+class AfterHeads:
+    """The user's evaluation step, behind the chain of bodies and heads if somebody counts them.
+
+    An object, so that a copy of the learner has steps of its own; wrapped, so that Lightning sees
+    which arguments the user's step takes.
+
+    Args:
+        learner: The learner.
+        name: Of the step.
+    """
+
+    def __init__(self, learner: LocalLearner, name: str) -> None:
+        self._learner = learner
+        self.__wrapped__ = getattr(learner.module, name)
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs both."""
+        if self._learner.head_accuracy is not None:
+            _run_heads(self._learner, self._learner.head_accuracy, batch)
+        return self.__wrapped__(batch, *args, **kwargs)
+
+
+@torch.no_grad()
+def _run_heads(learner: LocalLearner, accuracy: HeadAccuracy, batch: Any) -> None:
+    inputs, target = learner.unpack(batch)
+    values = as_inputs(inputs)
+    for k, module in enumerate(learner.modules_in_order()):
+        body = module.body
+        if body.in_place and k == 0:
+            values = (values[0].clone(), *values[1:])
+        out = module(*values)
+        accuracy.update(k, out if module.head is None else module.predict(out[0]), target)
+        values = out
