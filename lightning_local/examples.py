@@ -1,6 +1,7 @@
 """An input of the network, for the dry run: from the user's example, or from the training data.
 
-Looking at the data leaves it as it was: no batch is lost, no order changes.
+Looking at the data leaves it as it was: no batch is lost, and no order changes that torch's
+generators make.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def _loader(learner: LocalLearner) -> Any:
     """The training dataloader, or that of another loop that runs now."""
     trainer = learner.trainer
     loops: dict[str, Any] = {"validate": trainer.validate_loop, "test": trainer.test_loop}
-    source = loops.get(str(trainer.state.fn), trainer.fit_loop)._data_source
+    running = trainer.state.fn.value if trainer.state.fn is not None else "fit"
+    source = loops.get(running, trainer.fit_loop)._data_source
     if not source.is_defined():
         raise ValueError(
             f"The local modules' shapes can't be found without an input: {_SET_ONE}, or give the "

@@ -41,14 +41,17 @@ class Scheduled(Lit):
         return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": "val/loss"}
 
 
-def train(quiet, method, path=None, epochs=3, seed=3, kind="plateau", loader=None, **options):
+def train(quiet, method, path=None, seed=3, kind="plateau", loader=None, **options):
     L.seed_everything(seed, verbose=False)
     module = Scheduled()
     module.kind = kind
     learner = LocalLearner(module, METHODS[method]())
     if path is not None:
         L.seed_everything(99, verbose=False)
-    trainer = L.Trainer(max_epochs=epochs, **{**quiet, **options})
+    options = {"max_epochs": 3, **quiet, **options}
+    if "epochs" in options:
+        options["max_epochs"] = options.pop("epochs")
+    trainer = L.Trainer(**options)
     trainer.fit(learner, loader or data(), data(shuffle=False), ckpt_path=path)
     return trainer, learner
 
@@ -74,21 +77,28 @@ def test_after_the_fit_with_shuffle_and_dropout(method, kind, tmp_path, quiet):
     same(whole, train(quiet, method, tmp_path / "a.ckpt", kind=kind))
 
 
+# When the file is written, and how the Trainer runs.
 SAVES = {
-    "after validation": {},
-    "after the epoch": {"save_on_train_epoch_end": True},
+    "after the epoch": ({}, {}),
+    "after validation": ({"save_on_train_epoch_end": False}, {}),
+    "every second validation": ({"every_n_epochs": 2}, {"check_val_every_n_epoch": 2}),
+    "max_steps": ({}, {"max_steps": 12, "max_epochs": -1}),
 }
 
 
 @pytest.mark.parametrize("when", SAVES)
 @pytest.mark.parametrize("method", ["EndToEnd", "BackLink"])
 def test_from_a_file_of_an_epochs_end(when, method, tmp_path, quiet):
-    options = {**quiet, "enable_checkpointing": True}
-    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, **SAVES[when])
-    whole = train(options, method, callbacks=[saving])
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"epoch={e}.ckpt" for e in range(3)]
-    for epoch in range(2):
-        same(whole, train(quiet, method, tmp_path / f"epoch={epoch}.ckpt"))
+    saves, runs = SAVES[when]
+    options = {**quiet, "enable_checkpointing": True, "max_epochs": 4, **runs}
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, **saves)
+    # In an epoch without validation nothing that a plateau could wait for is logged.
+    kind = "step" if "check_val_every_n_epoch" in runs else "plateau"
+    whole = train(options, method, callbacks=[saving], kind=kind)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == (2 if "second" in when else 4)
+    for file in files[:-1]:
+        same(whole, train({**quiet, "max_epochs": 4, **runs}, method, file, kind=kind))
 
 
 class Stateful:
