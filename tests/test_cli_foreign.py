@@ -266,15 +266,15 @@ def test_a_composition_without_a_head_is_an_error():
 
 
 def test_main_and_python_m_find_classes_in_the_working_directory(monkeypatch, tmp_path):
-    args = ["fit", *recipe("ours", "users.Tiny", method=AUG)]
-    Path("users.py").write_text(f"from {STEM} import MyModel\nclass Tiny(MyModel): pass")
+    args = ["fit", *recipe("ours", "my_classes.Tiny", method=AUG)]
+    Path("my_classes.py").write_text(f"from {STEM} import MyModel\nclass Tiny(MyModel): pass")
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"}
     command = [sys.executable, "-m", "lightning_local", *args, "--trainer.default_root_dir=m"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
     main(args)
-    users = sys.modules["users"]
+    users = sys.modules["my_classes"]
     loaded = [users.Tiny.load_from_checkpoint(file) for file in tmp_path.rglob("*.ckpt")]
-    del sys.modules["users"]
+    del sys.modules["my_classes"]
     assert same(*loaded)
