@@ -268,7 +268,9 @@ def test_a_composition_without_a_head_is_an_error():
 def test_main_and_python_m_find_classes_in_the_working_directory(monkeypatch, tmp_path):
     args = ["fit", *recipe("ours", "my_classes.Tiny", method=AUG)]
     Path("my_classes.py").write_text(f"from {STEM} import MyModel\nclass Tiny(MyModel): pass")
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"}
+    paths = f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"
+    # One thread, as here: sums of two are others.
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lightning_local", *args, "--trainer.default_root_dir=m"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
