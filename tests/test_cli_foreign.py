@@ -270,7 +270,8 @@ def test_main_and_python_m_find_classes_in_the_working_directory(monkeypatch, tm
     Path("my_classes.py").write_text(f"from {STEM} import MyModel\nclass Tiny(MyModel): pass")
     paths = f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"
     # One thread, as here: sums of two are others.
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, **threads, "PYTHONPATH": paths}
     command = [sys.executable, "-m", "lightning_local", *args, "--trainer.default_root_dir=m"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
