@@ -125,6 +125,7 @@ class _ModuleInside(_InstantiatorFn):
 
 def _options(owner: type) -> dict[str, inspect.Parameter]:
     """The constructor's named parameters, with their types resolved."""
+    # mypy fears that a subclass has another __init__; it is this class's that is asked for.
     parameters = inspect.signature(owner.__init__, eval_str=True).parameters  # type: ignore[misc]
     return {
         name: parameter

@@ -67,6 +67,7 @@ class Compiled:
         """Makes everything as it was before."""
         for target, before in zip(self._targets, self._before, strict=True):
             target._compiled_call_impl = before
+        self._targets, self._before = [], []
 
 
 def _compiled(number: int) -> Callable[..., Any]:

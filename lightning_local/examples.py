@@ -6,7 +6,6 @@ generators make.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
@@ -44,8 +44,9 @@ def example_inputs(learner: LocalLearner) -> tuple[Any, ...]:
     example = learner.module.example_input_array
     if example is not None:
         return _through_forward(learner, move_data_to_device(example, device))
+    loader = _loader(learner)
     with isolate_rng():
-        batch = _two_samples(_loader(learner))
+        batch = _two_samples(loader)
         batch = learner._apply_batch_transfer_handler(batch, device=device)
         return as_inputs(learner.unpack(batch)[0])
 
@@ -74,7 +75,9 @@ def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None
     if network is module or not others or not learner.default_criterion:
         return None
     shapes = on_fakes(network, lambda host, *values: host(*values), inputs, False)
-    zeros = tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), shapes)
+    zeros = tree_map_only(
+        torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), shapes
+    )
     output: Any = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -119,19 +122,19 @@ def _through_forward(learner: LocalLearner, example: Any) -> tuple[Any, ...]:
     args = () if isinstance(example, Mapping) else as_inputs(example)
     kwargs = dict(example) if isinstance(example, Mapping) else {}
     network = learner.network
-    signature = inspect.signature(network.forward)
-    if network is learner.module or type(learner.module).forward is torch.nn.Module.forward:
-        return in_order(signature, args, kwargs)
+    forward = network.forward
+    if network is learner.module or not is_overridden("forward", learner.module):
+        return in_order(forward, args, kwargs)
 
     def call(*inputs: Any, **named: Any) -> Any:
-        raise _Called(in_order(signature, inputs, named))
+        raise _Called(in_order(forward, inputs, named))
 
     with isolate_rng(), torch.no_grad(), _replaced(network, "forward", call):
         try:
             learner.module.forward(*args, **kwargs)
         except _Called as called:
             return called.inputs
-    return in_order(signature, args, kwargs)
+    return in_order(forward, args, kwargs)
 
 
 @contextmanager

@@ -80,10 +80,10 @@ class Substitute:
             ValueError: The network was not called exactly once.
         """
         before = self._network.__dict__.get("forward")
-        signature = inspect.signature(self._network.forward)
+        forward = self._network.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self._call(in_order(signature, args, kwargs))
+            return self._call(in_order(forward, args, kwargs))
 
         self._network.__dict__["forward"] = call
         try:
@@ -148,13 +148,13 @@ OTHER_INPUT = (
 
 
 def in_order(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
     """The arguments of a call in the order of the function's parameters."""
     if not kwargs:
         return args
     try:
-        bound = signature.bind(*args, **kwargs)
+        bound = inspect.signature(function).bind(*args, **kwargs)
     except TypeError:
         return (*args, *kwargs.values())
     return (*bound.args, *bound.kwargs.values())

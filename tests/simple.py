@@ -9,6 +9,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_local import LocalLearner, methods
 
 CLASSES = 4
+# Name: makes the preset, with arguments that fit the small network.
+METHODS = {
+    "EndToEnd": methods.EndToEnd,
+    "Greedy": methods.Greedy,
+    "AugLocal": lambda: methods.AugLocal(depth=1),
+    "BackLink": methods.BackLink,
+    "SGR": methods.SGR,
+}
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from simple import Lit, Net, run
+from simple import METHODS, Lit, Net, run
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -35,15 +35,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     yield
     torch._dynamo.reset()
-
-
-METHODS = {
-    "EndToEnd": methods.EndToEnd,
-    "Greedy": methods.Greedy,
-    "AugLocal": lambda: methods.AugLocal(depth=1),
-    "BackLink": methods.BackLink,
-    "SGR": methods.SGR,
-}
 
 
 def train(method, compile, quiet, **options):

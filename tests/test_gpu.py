@@ -4,10 +4,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from simple import Lit, Net, data, run
+from simple import METHODS, Lit, Net, data, run
 from torch import nn
 
-from lightning_local import LocalLearner, LocalSummary, methods
+from lightning_local import LocalLearner, LocalSummary
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,13 +15,6 @@ pytestmark = [
     # Lightning advises "tensor cores" precision by a log line, and older drivers warn.
     pytest.mark.filterwarnings("ignore:.*torch.set_float32_matmul_precision.*:UserWarning"),
 ]
-METHODS = {
-    "EndToEnd": methods.EndToEnd,
-    "Greedy": methods.Greedy,
-    "AugLocal": lambda: methods.AugLocal(depth=1),
-    "BackLink": methods.BackLink,
-    "SGR": methods.SGR,
-}
 
 
 @pytest.fixture

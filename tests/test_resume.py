@@ -8,20 +8,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from simple import Lit, data
+from simple import METHODS, Lit, data
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_local import LocalLearner, methods
+from lightning_local import LocalLearner
 
 # Lightning notes that the callback which saved the file is not there.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
-METHODS = {
-    "EndToEnd": methods.EndToEnd,
-    "Greedy": methods.Greedy,
-    "BackLink": methods.BackLink,
-    "SGR": methods.SGR,
-    "AugLocal": lambda: methods.AugLocal(depth=1),
-}
 
 
 class Scheduled(Lit):
