@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,9 @@ def make_local_modules(
             "Partition(granularity='finest') or explicit split points may cut it."
         )
     features, pools = _output_form(cutting.output, out_features, name)
+    embedding = method.loss.embedding
+    given = inputs[0] if inputs and isinstance(inputs[0], torch.Tensor) else None
+    shape = None if given is None else torch.empty_like(given, device="meta")
     first = next(p for p in network.parameters() if p.is_floating_point())
     units = [
         Unit(
@@ -65,15 +69,24 @@ def make_local_modules(
         for u, body in enumerate(cutting.units)
         if u > 0
     ]
+    scalar = isinstance(cutting.output, torch.Tensor) and cutting.output.ndim == 1
     modules = []
     num_modules = len(cutting.bodies)
     for k, body in enumerate(cutting.bodies[:-1]):
         unit = cutting.last_unit[k]
-        place = Place(k, num_modules, cutting.boundaries[k], features, pools, unit, units[unit:])
+        form, later = cutting.boundaries[k], units[unit:]
+        place = Place(k, num_modules, form, features, pools, unit, later, shape)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed_for(seed, -2 - k))
-            head = method.head.build(place).to(first.device, first.dtype)
+            head: nn.Module = nn.Identity()
+            if embedding is None or embedding > 0:
+                size = features if embedding is None else embedding
+                head = method.head.build(dataclasses.replace(place, out_features=size))
+                if embedding is None and scalar:
+                    head = nn.Sequential(head, nn.Flatten(0))
             objective = method.loss.build(place, criterion)
+            for each in (head, objective):
+                each.to(first.device, first.dtype)
         modules.append(LocalModule(body, head, objective))
     modules.append(LocalModule(cutting.bodies[-1], None, None))
     _dry_run(network, modules, inputs)
@@ -100,15 +113,17 @@ def parameters_per_module(
 def _output_form(output: Any, out_features: int | None, name: str) -> tuple[int, bool]:
     """Number of logits and whether heads pool, by the rank of the network's output."""
     tensor = isinstance(output, torch.Tensor)
+    if tensor and output.ndim == 1:  # a number per sample
+        return 1, True
     if tensor and output.ndim in (2, 3):
         return out_features or output.shape[-1], output.ndim == 2
     if out_features is not None:
         return out_features, True
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     raise ValueError(
-        f"`{name}` returns {shape}; heads predict one vector per sample, (N, C), or per token, "
-        "(N, T, V). Pass LocalLearner(out_features=...) for heads that predict per sample, with a "
-        "criterion that takes (N, out_features)."
+        f"`{name}` returns {shape}; heads predict a number or a vector per sample, (N,) or (N, C), "
+        "or one per token, (N, T, V). Pass LocalLearner(out_features=...) for heads that predict "
+        "per sample, with a criterion that takes (N, out_features)."
     )
 
 
@@ -119,12 +134,16 @@ def _dry_run(network: nn.Module, modules: Sequence[LocalModule], inputs: Any) ->
     """
     with torch.random.fork_rng(devices=[]):
         heads = [copy.deepcopy(module.head) for module in modules]
+        others = [
+            copy.deepcopy(module.objective.networks()) if module.objective is not None else []
+            for module in modules
+        ]
 
     def run(host: nn.Module, *values: Any) -> None:
         current: tuple[Any, ...] = values
         first = values[0]
         samples = first.shape[0] if isinstance(first, torch.Tensor) and first.ndim else 1
-        for module, head in zip(modules, heads, strict=True):
+        for module, head, more in zip(modules, heads, others, strict=True):
             body = module.body
             given = [v for v in current[:1] if isinstance(v, torch.Tensor)]
             before = [v._version for v in given]
@@ -137,8 +156,10 @@ def _dry_run(network: nn.Module, modules: Sequence[LocalModule], inputs: Any) ->
             version = current[0]._version
             with FlopCounterMode(display=False) as counter:
                 _fake_head(head, current[0])
+                module.head_in_place = current[0]._version != version
+                for each in more:
+                    _fake_head(each, current[0])
             module.head_flops = counter.get_total_flops() // samples
-            module.head_in_place = current[0]._version != version
 
     on_fakes(network, run, inputs)
 

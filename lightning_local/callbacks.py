@@ -129,8 +129,13 @@ class LocalSummary(pl.Callback):
         learner.head_accuracy = None
         if log:
             self.accuracies = values.tolist()
+            modules = learner.modules_in_order()
             learner.log_dict(
-                {f"local/{k:02d}/{stage}_accuracy": v.float() for k, v in enumerate(values)}
+                {
+                    f"local/{k:02d}/{stage}_accuracy": value.float()
+                    for k, value in enumerate(values)
+                    if modules[k].predicts
+                }
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -68,5 +68,6 @@ def _run_heads(learner: LocalLearner, accuracy: HeadAccuracy, batch: Any) -> Non
         if body.in_place and k == 0:
             values = (values[0].clone(), *values[1:])
         out = module(*values)
-        accuracy.update(k, out if module.head is None else module.predict(out[0]), target)
+        if module.predicts:
+            accuracy.update(k, out if module.head is None else module.predict(out[0]), target)
         values = out

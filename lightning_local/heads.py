@@ -9,15 +9,16 @@ last or tokens `(N, T, C)`. A head that pools returns logits `(N, out)`, else `(
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 from torch import nn
 
 from lightning_local.augmented import build_augmented
-from lightning_local.layers import BatchNorm1d, BatchNorm2d, ChannelsFirst, Pool
+from lightning_local.layers import ADAPTIVE, AVERAGE, CONV, NORM, BatchNorm1d, ChannelsFirst, Pool
 from lightning_local.place import Place
 
-__all__ = ["Augmented", "Conv", "Head", "Linear"]
+__all__ = ["MLP", "Augmented", "Conv", "Head", "Linear"]
 
 
 class Head(ABC):
@@ -35,20 +36,69 @@ class Head(ABC):
         """Makes the head for one place; maps the hidden state to logits."""
 
 
+def _count(owner: str, name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{owner}({name}={value!r}): pass a whole number, {least} or more.")
+    return value
+
+
 class Linear(Head):
     """Pool and one linear layer (0c1f): the head of greedy learning.
+
+    Args:
+        pool_features: None averages each channel over all positions. A number keeps some of the
+            positions (PredSim): maps are averaged in windows, which double in height and width in
+            turns until at most that many features are left, and flattened; the size of the input
+            is then fixed. Tokens and vectors are not affected.
+        zero_init: Start with weights of zero.
+
+    Raises:
+        ValueError: `pool_features` is below 1.
 
     Example:
         >>> Linear().tail_units
         0
     """
 
+    def __init__(self, pool_features: int | None = None, zero_init: bool = False) -> None:
+        if pool_features is not None:
+            _count("Linear", "pool_features", pool_features, 1)
+        self.pool_features, self.zero_init = pool_features, zero_init
+
     def build(self, place: Place) -> nn.Module:
         """Makes pool -> linear."""
-        return nn.Sequential(
-            Pool(place.hidden.channel_dim, place.pools),
-            nn.Linear(place.hidden.channels, place.out_features),
-        )
+        hidden, space = place.hidden, place.hidden.space
+        features = hidden.channels
+        layers: list[nn.Module] = [Pool(hidden.channel_dim, place.pools)]
+        if self.pool_features is not None and space and place.pools and not place.tokens:
+            kernel = pooling_kernel(features, space, self.pool_features)
+            # Half a window of zeros on each side where windows don't fit, as Nokland & Eidnes.
+            padding = [k // 2 if side % k else 0 for side, k in zip(space, kernel, strict=True)]
+            average = AVERAGE[len(space) - 1](kernel, stride=kernel, padding=tuple(padding))
+            layers = [ChannelsFirst(hidden.channel_dim), average, nn.Flatten()]
+            features *= math.prod(math.ceil(s / k) for s, k in zip(space, kernel, strict=True))
+        linear = nn.Linear(features, place.out_features)
+        if self.zero_init:
+            nn.init.zeros_(linear.weight)
+        return nn.Sequential(*layers, linear)
+
+
+def pooling_kernel(channels: int, space: tuple[int, ...], features: int) -> tuple[int, ...]:
+    """Windows that leave at most `features` numbers: sides double in turns, the first one first.
+
+    Args:
+        channels: C.
+        space: Sizes of the space dimensions.
+        features: The number to reach; C of them are always left.
+    """
+    kernel = [1] * len(space)
+    while any(k < side for k, side in zip(kernel, space, strict=True)):
+        for i in range(len(space)):
+            left = math.prod(math.ceil(s / k) for s, k in zip(space, kernel, strict=True))
+            if channels * left <= features:
+                return tuple(kernel)
+            kernel[i] *= 2
+    return tuple(kernel)
 
 
 class Conv(Head):
@@ -62,30 +112,31 @@ class Conv(Head):
 
     Args:
         hidden_features: Width between the two linear layers, 1 or more.
+        widen: Factor on this width and that of the convolution, above 0.
 
     Raises:
-        ValueError: `hidden_features` is below 1.
+        ValueError: An argument is out of its range.
     """
 
-    def __init__(self, hidden_features: int = 128) -> None:
-        if hidden_features < 1:
-            raise ValueError(f"Conv(hidden_features={hidden_features}): pass 1 or more.")
-        self.hidden_features = hidden_features
+    def __init__(self, hidden_features: int = 128, widen: float = 1.0) -> None:
+        _count("Conv", "hidden_features", hidden_features, 1)
+        if not widen > 0:
+            raise ValueError(f"Conv(widen={widen!r}): pass a factor above 0.")
+        self.hidden_features = max(1, int(hidden_features * widen))
+        self.widen = widen
 
     def build(self, place: Place) -> nn.Module:
         """Makes the head for maps or vectors."""
         channels, space = place.hidden.channels, place.hidden.space
         narrow = channels < 64
-        width = max(32, 2 * channels) if narrow else channels
-        tokens = len(space) == 1 and place.hidden.channel_dim == 2
+        width = max(1, int(self.widen * (max(32, 2 * channels) if narrow else channels)))
+        stride = 2 if narrow else 1
         layers: list[nn.Module]
-        if space and place.pools and not tokens:
-            conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(space) - 1]
-            norm = (BatchNorm1d, BatchNorm2d, nn.BatchNorm3d)[len(space) - 1]
+        if space and place.pools and not place.tokens:
             layers = [
                 ChannelsFirst(place.hidden.channel_dim),
-                conv(channels, width, 3, stride=2 if narrow else 1, padding=1, bias=False),
-                norm(width),
+                CONV[len(space) - 1](channels, width, 3, stride=stride, padding=1, bias=False),
+                NORM[len(space) - 1](width),
                 nn.ReLU(inplace=True),
                 Pool(1, True),
             ]
@@ -109,6 +160,58 @@ class Conv(Head):
             nn.ReLU(inplace=True),
             nn.Linear(self.hidden_features, place.out_features),
         )
+
+
+class MLP(Head):
+    """1x1 convolutions and a multi-layer perceptron (DGL's MLP-SR head).
+
+    Maps are averaged down to a quarter of their sides; `convs` times 1x1 convolution C -> C (no
+    bias), BN, ReLU; average down to 2 per side, flatten; `hidden` times linear, BN, ReLU at that
+    width; linear. Tokens (our form) get the same with linear layers and LayerNorm per token and one
+    average over the sequence, vectors the perceptron alone. The defaults are those of AugLocal's
+    re-implementation, which later tables use; DGL's own code has `hidden=3, bias=True`.
+
+    Args:
+        convs: Number of 1x1 convolutions, 0 or more.
+        hidden: Number of hidden linear layers, 0 or more.
+        bias: Whether hidden linear layers have one.
+
+    Raises:
+        ValueError: A negative number.
+    """
+
+    def __init__(self, convs: int = 3, hidden: int = 2, bias: bool = False) -> None:
+        self.convs = _count("MLP", "convs", convs, 0)
+        self.hidden = _count("MLP", "hidden", hidden, 0)
+        self.bias = bias
+
+    def build(self, place: Place) -> nn.Module:
+        """Makes the head for maps, tokens or vectors."""
+        width, space = place.hidden.channels, place.hidden.space
+        layers: list[nn.Module] = []
+        norm: type[nn.Module] = BatchNorm1d
+        if space and place.pools and not place.tokens:
+            dims = len(space) - 1
+            layers = [
+                ChannelsFirst(place.hidden.channel_dim),
+                ADAPTIVE[dims](tuple(math.ceil(side / 4) for side in space)),
+            ]
+            for _ in range(self.convs):
+                conv = CONV[dims](width, width, 1, bias=False)
+                layers += [conv, NORM[dims](width), nn.ReLU(inplace=True)]
+            layers += [ADAPTIVE[dims]((2,) * len(space)), nn.Flatten()]
+            width *= 2 ** len(space)
+        elif space:
+            layers = [Pool(place.hidden.channel_dim, False)]
+            for _ in range(self.convs):
+                linear = nn.Linear(width, width, bias=False)
+                layers += [linear, nn.LayerNorm(width), nn.ReLU(inplace=True)]
+            layers.append(Pool(len(space) + 1, place.pools))
+            norm = BatchNorm1d if place.pools else nn.LayerNorm
+        for _ in range(self.hidden):
+            linear = nn.Linear(width, width, bias=self.bias)
+            layers += [linear, norm(width), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers, nn.Linear(width, place.out_features))
 
 
 class Augmented(Head):

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "ChannelsFirst", "Pool"]
+__all__ = [
+    "ADAPTIVE",
+    "AVERAGE",
+    "CONV",
+    "NORM",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "ChannelsFirst",
+    "Pool",
+    "without_autocast",
+]
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -61,3 +73,19 @@ class Pool(nn.Module):
             return hidden.movedim(self.channel_dim, -1)
         dims = [d for d in range(1, hidden.ndim) if d != self.channel_dim]
         return hidden.mean(dims) if dims else hidden
+
+
+# Layers by number of space dimensions, from 1.
+CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORM: tuple[type[nn.Module], ...] = (BatchNorm1d, BatchNorm2d, nn.BatchNorm3d)
+ADAPTIVE: tuple[type[nn.Module], ...] = (
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+)
+AVERAGE: tuple[type[nn.Module], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Full precision for what is computed from a tensor on its device."""
+    return torch.autocast(tensor.device.type, enabled=False)

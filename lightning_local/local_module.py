@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_local.body import Body
+from lightning_local.objectives import Objective
 
 __all__ = ["LocalModule"]
 
@@ -18,18 +19,17 @@ class LocalModule(nn.Module):
     Args:
         body: A slice of the user's network; it registers nothing.
         head: The auxiliary network; None for the last local module.
-        objective: Maps (output of the head, hidden state, target) to the local loss; None for the
-            last local module, whose loss is the user's own.
+        objective: The local loss; None for the last local module, whose loss is the user's own.
 
     Attributes:
         head_in_place: Whether the head starts with an operation that overwrites its input, which
             is what is sent on.
         body_flops: Forward FLOPs of the body per sample: those of matrix products, convolutions
             and attention, a multiplication and an addition counting two.
-        head_flops: The same of the head.
+        head_flops: The same of the head and what else the local loss runs.
     """
 
-    def __init__(self, body: Body, head: nn.Module | None, objective: nn.Module | None) -> None:
+    def __init__(self, body: Body, head: nn.Module | None, objective: Objective | None) -> None:
         super().__init__()
         self.body = body
         self.head = head
@@ -42,8 +42,16 @@ class LocalModule(nn.Module):
         """Runs the body: see `Body.forward`."""
         return self.body(*values)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the head, or the network's own output, is trained to predict."""
+        return self.objective is None or self.objective.predicts
+
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head's output for a hidden state: logits `(N, C)`, or `(N, T, V)` per token."""
+        """The head's output for a hidden state: logits `(N, C)`, or `(N, T, V)` per token.
+
+        Under some losses it is no prediction (see `predicts`).
+        """
         assert self.head is not None
         output: torch.Tensor = self.head(hidden.clone() if self.head_in_place else hidden)
         return output

@@ -131,7 +131,8 @@ class TrainingLoop:
         unpacked, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
         inputs = as_inputs(unpacked)
         self._expected = Expected.of(inputs)
-        learner.links.send(0, Message(inputs, target, batch, batch_idx))
+        given = inputs[0] if self.num_modules > 1 and learner.method.loss.needs_input else None
+        learner.links.send(0, Message(inputs, target, batch, batch_idx, given))
         waiting: tuple[int, Work] | None = None
         for k in self.owned:
             work = self._start(k)
@@ -168,7 +169,7 @@ class TrainingLoop:
             with outside_precision(self.device, self._dtype):
                 gradient = coupling.prepare(work)  # 3
                 if k < self.num_modules - 1:
-                    onward = (message.target, message.batch, message.batch_idx)
+                    onward = (message.target, message.batch, message.batch_idx, message.input)
                     links.send(k + 1, Message(sent, *onward, gradient))  # 4
                 error = coupling.backward(work)  # 5
             if error is not None:
@@ -214,9 +215,13 @@ class TrainingLoop:
                     hidden.requires_grad_()  # a frozen body; its head's gradient is still asked for
                 output = module.predict(hidden)
                 assert module.objective is not None
-                if self._first and learner.default_criterion:
+                if self._first and learner.default_criterion and module.predicts:
                     check_target(message.target, output)
-                loss = module.objective(output, hidden, message.target)
+                if self._first:
+                    module.objective.check(output, message.target, message.input)
+                loss = module.objective(output, hidden, message.target, message.input)
+                if not module.predicts:
+                    output = None
                 sent = (hidden.detach(), *carried)
         if isinstance(output, torch.Tensor):
             output = output.detach()

@@ -20,6 +20,7 @@ class Message:
         target: The batch's target, for the local losses.
         batch: The user's batch, for the last local module.
         batch_idx: Number of the batch in the epoch.
+        input: The network's input, for losses that ask for it; else None.
         gradient: The boundary gradient: gradient of the sender's loss with respect to the hidden
             state, unscaled; None unless the coupling sends it.
     """
@@ -28,6 +29,7 @@ class Message:
     target: Any
     batch: Any
     batch_idx: int
+    input: Any = None
     gradient: torch.Tensor | None = None
 
     def __post_init__(self) -> None:

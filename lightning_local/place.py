@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lightning_local.body import Body
 from lightning_local.dryrun import Boundary
 
@@ -40,6 +42,7 @@ class Place:
         pools: One prediction per sample; False: one per token.
         unit: Index of the last unit with a part in its local module.
         later: All units after that one.
+        input: The network's input, a tensor without data; None if it is something else.
     """
 
     k: int
@@ -49,3 +52,9 @@ class Place:
     pools: bool
     unit: int
     later: Sequence[Unit]
+    input: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> bool:
+        """The hidden state is a sequence of tokens, `(N, T, C)`."""
+        return len(self.hidden.space) == 1 and self.hidden.channel_dim == 2

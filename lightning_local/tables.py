@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -74,14 +75,15 @@ def print_results(
 
     Args:
         learner: Whose local modules.
-        accuracies: Of the heads in the last validation, in [0, 1]; empty without.
+        accuracies: Of the heads in the last validation, in [0, 1], NaN for a head that predicts
+            nothing; empty without.
         peaks: Peak memory while each trained, in bytes; empty without.
         device: What was measured, in a word.
     """
     header, columns = ["module", "cut after"], []
     if accuracies:
         header.append("validation accuracy")
-        columns.append([f"{accuracy:.2%}" for accuracy in accuracies])
+        columns.append(["-" if math.isnan(a) else f"{a:.2%}" for a in accuracies])
     if peaks:
         header.append(f"peak memory ({device})")
         columns.append([f"{peak / 2**20:.1f} MiB" for peak in peaks])

@@ -16,6 +16,10 @@ METHODS = {
     "AugLocal": lambda: methods.AugLocal(depth=1),
     "BackLink": methods.BackLink,
     "SGR": methods.SGR,
+    "DGL": methods.DGL,
+    "PredSim": methods.PredSim,
+    # The data are normal: nearly all of them lie within 5 standard deviations of the mean.
+    "InfoPro": lambda: methods.InfoPro(denormalize=([0.5], [0.1])),
 }
 
 

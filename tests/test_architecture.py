@@ -29,7 +29,9 @@ LAYERS = [
     {"tracing"},
     {"body", "dryrun"},
     {"units", "place", "layers"},
-    {"slicing", "augmented"},
+    {"slicing", "augmented", "objectives"},
+    {"similarity"},
+    {"reconstruction"},
     {"partition", "message", "heads", "losses", "couplings", "local_module", "randomness"},
     {"links"},
     {"methods"},
@@ -42,7 +44,7 @@ LAYERS = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-TORCH_ONLY = set().union(*LAYERS[:8])
+TORCH_ONLY = set().union(*LAYERS[:10])
 
 
 def imported(path):

@@ -160,19 +160,32 @@ def test_a_program_with_a_fixed_class_changes_by_one_line():
 
 
 AXES = {
-    "head": [heads.Linear, heads.Conv, heads.Augmented],
-    "loss": [losses.CrossEntropy],
+    "head": [heads.Linear, heads.Conv, heads.Augmented, heads.MLP],
+    "loss": [losses.CrossEntropy, losses.PredSim, losses.InfoPro],
     "coupling": [couplings.Isolated, couplings.BackwardLink, couplings.GradientReconciliation],
 }
+REQUIRED = {"InfoPro": ("denormalize", [[0.5], [0.25]])}
 
 
-@pytest.mark.parametrize("turn", range(3))
-@pytest.mark.parametrize("owner", ["LocalMethod", *methods.METHODS])
-def test_print_config_of_every_public_class(owner, turn, capsys):
+def public_classes():
+    """Each preset once, and once with each piece of the axes that it takes."""
+    for owner in ["LocalMethod", *methods.METHODS]:
+        axes = AXES.keys() & inspect.signature(getattr(methods, owner)).parameters
+        for turn in range(max([1, *(len(AXES[axis]) for axis in axes)])):
+            yield owner, {axis: AXES[axis][turn % len(AXES[axis])] for axis in sorted(axes)}
+
+
+@pytest.mark.parametrize(("owner", "pieces"), list(public_classes()), ids=str)
+def test_print_config_of_every_public_class(owner, pieces, capsys):
     kinds = {"method": getattr(methods, owner)}
-    for axis in AXES.keys() & inspect.signature(kinds["method"]).parameters:
-        kinds[f"method.{axis}"] = AXES[axis][turn % len(AXES[axis])]
-    config = printed([f"--model.{place}={kind.__name__}" for place, kind in kinds.items()], capsys)
+    kinds |= {f"method.{axis}": kind for axis, kind in pieces.items()}
+    args = []
+    for place, kind in kinds.items():
+        args.append(f"--model.{place}={kind.__name__}")
+        if kind.__name__ in REQUIRED:
+            name, value = REQUIRED[kind.__name__]
+            args.append(f"--model.{place}.{name}={value}")
+    config = printed(args, capsys)
     Path("again.yaml").write_text(yaml.safe_dump(config))
     learner = PROGRAMS["foreign"](args=["--config=again.yaml"], run=False).model
     for place, kind in kinds.items():

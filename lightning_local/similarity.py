@@ -1,0 +1,205 @@
+"""Losses that compare the samples of a batch with each other: PredSim, and contrasting.
+
+Legend: B samples, C channels. All of it is computed outside of autocast, in float32 at least.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lightning_local.layers import CONV, ChannelsFirst, without_autocast
+from lightning_local.objectives import Criterion, Loss, Objective, form_of, per_item
+from lightning_local.place import Place
+
+__all__ = [
+    "PredSim",
+    "class_similarity",
+    "similarity",
+    "similarity_loss",
+    "supervised_contrastive",
+]
+
+
+def _root(squared: torch.Tensor) -> torch.Tensor:
+    """Square root whose first and second derivative at 0 are 0, not infinite or NaN."""
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+
+
+def similarity(z: torch.Tensor) -> torch.Tensor:
+    """Adjusted cosine similarity S(z) of all pairs of samples (Nokland & Eidnes 2019, section 2.1).
+
+    Maps of more than 3 channels count with the standard deviation of each channel over its
+    positions; anything else is flattened.
+
+    Args:
+        z: `(B, C)` or, channels first, `(B, C, ...)`.
+
+    Returns:
+        `(B, B)` in [-1, 1]; 0 for a sample whose features are all equal.
+    """
+    with without_autocast(z):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if z.ndim > 2 and z.shape[1] > 3 and z.shape[2] > 1:
+            z = _root(z.flatten(2).var(2))
+        z = z.flatten(1)
+        z = z - z.mean(1, keepdim=True)
+        z = z / (1e-8 + _root(z.square().sum(1, keepdim=True)))
+        return (z @ z.T).clamp(-1, 1)
+
+
+def class_similarity(target: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """S of one-hot vectors: 1 for equal classes, else -1 / (num_classes - 1).
+
+    Args:
+        target: Class indices `(B,)`.
+        num_classes: 2 or more.
+    """
+    same = target[:, None] == target[None, :]
+    return torch.where(same, 1.0, -1.0 / (num_classes - 1))
+
+
+def similarity_loss(z: torch.Tensor, target: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Mean squared difference of the similarities of hidden states and of targets.
+
+    Args:
+        z: `(B, C)` or `(B, C, ...)`.
+        target: Class indices `(B,)`, of which negative ones are left out, or numbers `(B, ...)`.
+        num_classes: Number of classes, for indices.
+    """
+    own = similarity(z)
+    if target.is_floating_point():
+        return functional.mse_loss(own, similarity(target).to(own.dtype))
+    wanted = class_similarity(target, num_classes).to(own.dtype)
+    counts = ((target >= 0)[:, None] & (target >= 0)[None, :]).to(own.dtype)
+    return ((own - wanted).square() * counts).sum() / counts.sum().clamp(min=1)
+
+
+def supervised_contrastive(
+    z: torch.Tensor, target: torch.Tensor, temperature: float = 0.07
+) -> torch.Tensor:
+    """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2).
+
+    Each sample is an anchor: minus the mean log-probability, over the others of its class, of a
+    softmax of similarities over all others; 0 for an anchor alone in its class. The prefactor
+    temperature / base temperature is 1.
+
+    Args:
+        z: Embeddings `(B, D)`; they are normalised here.
+        target: Class indices `(B,)`; negative ones are left out.
+        temperature: Divides the cosine similarities.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    with without_autocast(z):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = z / _root(z.square().sum(1, keepdim=True)).clamp(min=1e-12)
+        logits = z @ z.T / temperature
+        counted = target >= 0
+        others = counted[:, None] & counted[None, :]
+        others &= ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+        # Finite, so that an anchor without others has finite gradients.
+        logits = logits.masked_fill(~others, torch.finfo(logits.dtype).min / 2)
+        log_probability = logits - logits.logsumexp(1, keepdim=True)
+        positive = others & (target[:, None] == target[None, :])
+        total = torch.where(positive, log_probability, 0.0).sum(1)
+        anchors = total / positive.sum(1).clamp(min=1)
+        return -anchors.sum() / counted.sum().clamp(min=1)
+
+
+class PredSim(Loss):
+    """Prediction and similarity matching (Nokland & Eidnes 2019, arXiv 1901.06656).
+
+    l_k = beta * MSE(S(P_k x_k), S(onehot(y))) + (1 - beta) * task; P_k is a 3x3 convolution C -> C
+    without bias (a linear layer for tokens and vectors), S the adjusted cosine similarity of the
+    samples of a batch (`similarity`). For a network that predicts per token, tokens are
+    the samples. Targets that are numbers are compared as they are.
+
+    Args:
+        beta: Share of the similarity, 0 (the task alone) to 1.
+        parts: `"predsim"`; `"pred"`, the task alone, or `"sim"`, the similarity alone, without a
+            head.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(self, beta: float = 0.99, parts: str = "predsim") -> None:
+        if not 0 <= beta <= 1:
+            raise ValueError(f"PredSim(beta={beta!r}): pass a share of the similarity, 0 to 1.")
+        if parts not in ("predsim", "pred", "sim"):
+            raise ValueError(f"PredSim(parts={parts!r}): pass 'predsim', 'pred' or 'sim'.")
+        self.beta = {"predsim": float(beta), "pred": 0.0, "sim": 1.0}[parts]
+        self.parts = parts
+        if parts == "sim":
+            self.embedding = 0
+
+    def build(self, place: Place, criterion: Criterion) -> Objective:
+        """Makes the loss and its projection."""
+        channels, dims = place.hidden.channels, len(place.hidden.space)
+        projection: nn.Module | None = None
+        if self.parts != "pred" and dims and not place.tokens and place.pools:
+            projection = CONV[dims - 1](channels, channels, 3, padding=1, bias=False)
+            if place.hidden.channel_dim != 1:
+                projection = nn.Sequential(ChannelsFirst(place.hidden.channel_dim), projection)
+        elif self.parts != "pred":
+            projection = nn.Linear(channels, channels, bias=False)
+        return _PredSim(projection, copy.deepcopy(criterion), self.beta, place)
+
+
+class _PredSim(Objective):
+    def __init__(
+        self, projection: nn.Module | None, criterion: Criterion, beta: float, place: Place
+    ) -> None:
+        super().__init__()
+        self.projection = projection
+        self.criterion = criterion
+        self.beta = beta
+        self.predicts = beta < 1
+        self.channel_dim = place.hidden.channel_dim
+        self.pools = place.pools
+        # One number per sample with class indices: two classes.
+        self.num_classes = max(2, place.out_features)
+
+    def networks(self) -> list[nn.Module]:
+        return [] if self.projection is None else [self.projection]
+
+    def forward(
+        self, output: torch.Tensor, hidden: torch.Tensor, target: Any, input: Any = None
+    ) -> torch.Tensor:
+        if self.projection is None or self.beta == 0:
+            return self.criterion(*per_item(output, target))
+        loss = self._similarity(hidden, target)
+        if self.beta == 1:
+            return loss
+        return self.beta * loss + (1 - self.beta) * self.criterion(*per_item(output, target))
+
+    def _similarity(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        assert self.projection is not None
+        if not self.pools:
+            z = self.projection(hidden.movedim(self.channel_dim, -1)).flatten(0, -2)
+            target = target.flatten(0, hidden.ndim - 2)
+        elif isinstance(self.projection, nn.Linear):
+            z = self.projection(hidden.movedim(self.channel_dim, -1)).movedim(-1, 1)
+        else:
+            z = self.projection(hidden)
+        return similarity_loss(z, target, self.num_classes)
+
+    def check(self, output: torch.Tensor, target: Any, input: Any) -> None:
+        if self.beta == 0:
+            return
+        tensor = isinstance(target, torch.Tensor)
+        items = output.ndim - 1 if self.predicts else (1 if self.pools else 2)
+        indices = tensor and not target.is_floating_point() and target.ndim == items
+        numbers = tensor and target.is_floating_point() and target[0].numel() > 1
+        if not (indices or (numbers and target.ndim > items)):
+            raise ValueError(
+                f"PredSim compares targets with each other, and got {form_of(target)}: it takes a "
+                "class index per prediction, or two or more numbers."
+            )
