@@ -1,12 +1,26 @@
-"""fp16: one loss scaler per local module, on the CPU, where a scaler works too."""
+"""Precisions; fp16 with one loss scaler per local module on the CPU, where a scaler works too."""
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from simple import Lit, run, wrap
+from simple import METHODS, Lit, run, wrap
 
-from lightning_local import LocalLearner, methods
+from lightning_local import LocalLearner, couplings, heads, losses, methods
+from lightning_local.links import InProcessLinks
+from lightning_local.methods import LocalMethod
+
+PIXELS = ([0.5], [0.1])
+COMBINED = {
+    "predsim-sgr": lambda: methods.PredSim(coupling=couplings.GradientReconciliation()),
+    "contrast-link": lambda: methods.InfoPro(
+        denormalize=PIXELS, task="contrast", coupling=couplings.BackwardLink()
+    ),
+    "augmented-infopro-sgr": lambda: LocalMethod(
+        heads.Augmented(1), losses.InfoPro(PIXELS), couplings.GradientReconciliation()
+    ),
+}
+LOCAL = {**{n: make for n, make in METHODS.items() if n != "EndToEnd"}, **COMBINED}
 
 
 def plain_module(module):
@@ -18,7 +32,64 @@ def half(interval=4):
     return MixedPrecision("16-mixed", "cpu", scaler)
 
 
-@pytest.mark.parametrize("method", ["Greedy", "BackLink", "SGR", "AugLocal"])
+class Spy(InProcessLinks):
+    """Links that keep the types of what passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.gradients = set()
+
+    def send(self, k, message):
+        if message.gradient is not None:
+            self.gradients.add(message.gradient.dtype)
+        super().send(k, message)
+
+    def return_error(self, k, error):
+        self.gradients.add(error.dtype)
+        super().return_error(k, error)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])
+@pytest.mark.parametrize("method", LOCAL)
+def test_precisions_train_every_method(precision, method, quiet):
+    """And gradients cross a boundary in float32, or in float64 if that is the precision."""
+    links = Spy()
+
+    def make(module):
+        learner = LocalLearner(module, LOCAL[method]())
+        learner.links = links
+        return learner
+
+    trainer, learner = run(make, quiet, epochs=1, precision=precision)
+    assert trainer.global_step == 3
+    assert all(p.isfinite().all() for p in learner.parameters())
+    coupled = not isinstance(learner.method.coupling, couplings.Isolated)
+    wanted = torch.float64 if precision == "64-true" else torch.float32
+    assert links.gradients == ({wanted} if coupled else set())
+
+
+@pytest.mark.parametrize("method", LOCAL)
+def test_bf16_is_near_float32(method, quiet):
+    """Each module's loss of the first steps, under autocast and without."""
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        recorded = []
+
+        class Watch(L.Callback):
+            def on_before_backward(self, trainer, module, loss, recorded=recorded):
+                recorded.append(float(loss.detach()))
+
+        def make(module):
+            return LocalLearner(module, LOCAL[method]())
+
+        run(make, quiet, epochs=1, precision=precision, callbacks=[Watch()])
+        found.append(torch.tensor(recorded))
+    assert len(found[0]) > 3
+    # bf16 has 8 bits: 0.4 % per operation.
+    torch.testing.assert_close(found[0], found[1], rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("method", LOCAL)
 def test_fp16_has_one_scaler_per_module(method, quiet):
     """Growth every four steps, whatever K; with one module as in the plain run."""
     plain = half()
@@ -27,7 +98,7 @@ def test_fp16_has_one_scaler_per_module(method, quiet):
     assert expected == 2.0**11
 
     def make(module):
-        return LocalLearner(module, methods.AugLocal(depth=1) if method == "AugLocal" else method)
+        return LocalLearner(module, LOCAL[method]())
 
     clipping = {"gradient_clip_val": 0.01}
     plugin = half()

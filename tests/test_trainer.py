@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from simple import Lit, data, run, wrap
 
-from lightning_local import LocalLearner, methods
+from lightning_local import LocalLearner
 
 
 class Rates(L.Callback):
@@ -157,20 +157,6 @@ def test_own_optimizer_and_scheduler_per_module(quiet):
 
     with pytest.raises(ValueError, match="left out . of the . parameters of local module 0"):
         run(drops, quiet)
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])
-@pytest.mark.parametrize("method", ["Greedy", "BackLink", "SGR", "AugLocal"])
-def test_precisions_train_every_method(precision, method, quiet):
-    depth = {"AugLocal": methods.AugLocal(depth=1)}
-    trainer, learner = run(
-        lambda module: LocalLearner(module, depth.get(method, method)),
-        quiet,
-        epochs=1,
-        precision=precision,
-    )
-    assert trainer.global_step == 3
-    assert all(p.isfinite().all() for p in learner.parameters())
 
 
 def test_bf16_with_one_module_equals_the_plain_run(quiet):
