@@ -185,7 +185,8 @@ class TrainingLoop:
         last = k == self.num_modules - 1
         values, leaf = message.values, None
         module = self._modules[k] if self.num_modules > 1 else None
-        if k > 0 and self.coupling.needs_input_gradient:
+        leaves = self.coupling.wants_input(k, learner.batches)
+        if leaves:
             leaf = values[0].detach().requires_grad_()
             values = (leaf, *values[1:])
         if module is not None and module.body.in_place and (k == 0 or leaf is not None):
@@ -193,7 +194,7 @@ class TrainingLoop:
             values = (values[0].clone(), *values[1:])
         hidden, sent = None, ()
         with ExitStack() as stack:
-            if self.coupling.second_derivative and self.num_modules > 1:
+            if self.coupling.second_derivative and leaves:
                 # The fused attention kernels have no second derivative.
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             loss: torch.Tensor | None

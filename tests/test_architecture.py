@@ -25,12 +25,12 @@ PUBLIC = {
 }
 # What a file may import besides torch and the standard library; a line may use all lines above it.
 LAYERS = [
-    {"preserving", "factories", "in_place", "meter"},
+    {"preserving", "factories", "in_place", "meter", "work"},
     {"tracing"},
     {"body", "dryrun"},
     {"units", "place", "layers"},
     {"slicing", "augmented", "objectives"},
-    {"similarity"},
+    {"similarity", "reconciliation"},
     {"reconstruction"},
     {"partition", "message", "heads", "losses", "couplings", "local_module", "randomness"},
     {"links"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_local import couplings, heads, losses, methods
-from lightning_local.couplings import gradient_distance
+from lightning_local.reconciliation import gradient_distance
 from lightning_local.links import InProcessLinks
 from lightning_local.losses import per_item
 from lightning_local.message import Message

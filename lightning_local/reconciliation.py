@@ -1,0 +1,133 @@
+"""SGR's coupling: gradients of neighbours at their boundary are made to agree.
+
+Legend: x_{k-1} the input and x_k the hidden state of local module k, l_k its loss, theta_k its
+body. e_k = d l_k / d x_{k-1} is the boundary error (travels one hop back); g_out(k) = d l_k / d x_k
+is the boundary gradient (travels forward); g_in(k) = d l_k / d x_{k-1}.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from lightning_local.work import Coupling, Work, number, unscaled
+
+__all__ = ["DISTANCES", "GradientReconciliation", "gradient_distance"]
+
+DISTANCES = ("squared_l2", "mse", "cosine", "normalized_l2")
+
+
+def gradient_distance(
+    own: torch.Tensor, received: torch.Tensor, distance: str = "squared_l2"
+) -> torch.Tensor:
+    """D(g_in, g_out), a scalar.
+
+    Args:
+        own: g_in(k) `(N, ...)`, gradient of a loss that averages over the batch.
+        received: g_out(k-1) `(N, ...)`, a constant.
+        distance: `"squared_l2"` sums squares over features and averages over samples, on
+            per-sample gradients (times N, which undoes the loss's mean); `"mse"` averages both;
+            `"cosine"` is 1 - cos; `"normalized_l2"` the L2 distance of unit vectors.
+    """
+    n = own.shape[0]
+    own = own.flatten(1).to(torch.promote_types(own.dtype, torch.float32))
+    received = received.flatten(1).to(own.dtype)
+    if distance == "squared_l2":
+        return ((own - received) * n).square().sum(1).mean()
+    if distance == "mse":
+        return ((own - received) * n).square().mean()
+    if distance == "cosine":
+        return (1 - functional.cosine_similarity(own, received, dim=1, eps=1e-12)).mean()
+    gap = functional.normalize(own, dim=1) - functional.normalize(received, dim=1)
+    return (gap.square().sum(1) + 1e-12).sqrt().mean()
+
+
+class GradientReconciliation(Coupling):
+    """Local modules agree on the gradient at their boundary (SGR, arXiv 2406.05222).
+
+    J_k = l_k + weight * D(g_in(k), g_out(k-1)), k >= 2; g_out(k-1) arrives with the hidden state
+    as a constant, so nothing flows back. Every formula here is reconstructed from summaries.
+    Attention runs with the plain kernel, since the fused ones have no second derivative: with it,
+    weight 0 equals greedy to rounding; without attention, bit for bit.
+
+    Args:
+        weight: Factor on the distance, 0 or more; 0 is greedy. No published value is known.
+        distance: D, one of `"squared_l2"`, `"mse"`, `"cosine"`, `"normalized_l2"`.
+        every: Regularise every n-th batch.
+        warmup: Batches over which the weight grows linearly from 0.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> GradientReconciliation(weight=0.1, distance="cosine").second_derivative
+        True
+    """
+
+    needs_input_gradient = True
+    second_derivative = True
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        distance: str = "squared_l2",
+        every: int = 1,
+        warmup: int = 0,
+    ) -> None:
+        self.weight = number("weight", weight, "GradientReconciliation")
+        if distance not in DISTANCES:
+            raise ValueError(
+                f"GradientReconciliation(distance={distance!r}) is not known: pass one of "
+                f"{DISTANCES}."
+            )
+        if isinstance(every, bool) or every != int(every) or every < 1:
+            raise ValueError(
+                f"GradientReconciliation(every={every!r}): pass a number of batches, 1 or more."
+            )
+        self.distance = distance
+        self.every = every
+        self.warmup = number("warmup", warmup, "GradientReconciliation")
+
+    def wants_input(self, k: int, step: int) -> bool:
+        """Where and when R_k is formed."""
+        return k > 0 and step % self.every == 0
+
+    def prepare(self, work: Work) -> torch.Tensor | None:
+        """The pass of l_k alone: gives g_in(k) with its graph and g_out(k) without one."""
+        if work.step % self.every:
+            return None
+        assert work.loss is not None
+        sent: list[torch.Tensor] = []
+        handle = None
+        if work.hidden is not None:
+            # torch leaves register_hook untyped.
+            handle = work.hidden.register_hook(sent.append)  # type: ignore[no-untyped-call]
+        if work.input is None:
+            loss, work.loss = work.loss, None
+            work.run_backward(loss)
+        else:
+            own = torch.autograd.grad(work.loss * work.scale, work.input, create_graph=True)[0]
+            self._add_penalty(work, unscaled(own, work.scale))
+        if handle is not None:
+            # Left on, it would also see the second pass, which brings R_k's own share.
+            handle.remove()
+        return unscaled(sent[0].detach(), work.scale) if sent else None
+
+    def _add_penalty(self, work: Work, own: torch.Tensor) -> None:
+        assert work.loss is not None
+        assert work.received is not None
+        penalty = gradient_distance(own, work.received, self.distance)
+        work.penalty = penalty.detach()
+        weight = self.weight * min(1.0, (work.step + 1) / self.warmup if self.warmup else 1.0)
+        work.loss = work.loss + weight * penalty
+
+    def backward(self, work: Work) -> None:
+        """Backward of J_k; the first local module's was its own pass."""
+        loss, work.loss = work.loss, None
+        if loss is not None:
+            work.run_backward(loss)
+
+    def backward_flops(self, body: float, head: float, *, units: int, first: bool) -> float:
+        """g_in costs 1 forward, the backward of J_k 2 for each of the two passes in its graph."""
+        plain = 2 * (body + head)
+        return plain if first else plain + 3 * (body + head) / self.every
