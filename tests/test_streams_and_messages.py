@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from lightning_local import couplings, heads, losses, methods
-from lightning_local.reconciliation import gradient_distance
 from lightning_local.links import InProcessLinks
 from lightning_local.losses import per_item
 from lightning_local.message import Message
 from lightning_local.metrics import LocalMetrics
 from lightning_local.randomness import Streams, seed_for
+from lightning_local.reconciliation import gradient_distance
 
 CPU = torch.device("cpu")
 
