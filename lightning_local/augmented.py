@@ -163,8 +163,7 @@ def build_augmented(place: Place, depth: int, *, fresh: bool, copy: bool) -> nn.
         copy: Copy every unit, also those that have a residual form.
 
     Raises:
-        ValueError: A unit takes more than the hidden state, or the copied classifier's output does
-            not have the head's number of features.
+        ValueError: A unit takes more than the hidden state.
     """
     num_units = place.unit + 1 + len(place.later)
     sampled = [place.later[u - place.unit - 1] for u in sample_units(place.unit, num_units, depth)]
@@ -189,7 +188,7 @@ def build_augmented(place: Place, depth: int, *, fresh: bool, copy: bool) -> nn.
             layers.append(Adapter(form, unit.input))
         layers.append(UnitCopy(unit.body, fresh))
         if unit.last:
-            return nn.Sequential(*layers)
+            return nn.Sequential(*layers, *_resized(layers[-1], unit.body.out_features, place))
         assert unit.output is not None
         form, halvings, width_before = unit.output, 0.0, unit.output.channels
     layers.append(Pool(form.channel_dim, place.pools))
@@ -197,6 +196,24 @@ def build_augmented(place: Place, depth: int, *, fresh: bool, copy: bool) -> nn.
         layers.append(BatchNorm1d(form.channels))
     layers.append(nn.Linear(form.channels, place.out_features))
     return nn.Sequential(*layers)
+
+
+def _resized(copied: nn.Module, features: int | None, place: Place) -> list[nn.Module]:
+    """Gives the last unit's copy the head's number of outputs; returns what must follow it."""
+    if features is None or features == place.out_features:
+        return []
+    classifiers = [
+        (name, module)
+        for name, module in copied.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == features
+    ]
+    if not classifiers:
+        return [nn.Linear(features, place.out_features)]
+    (path, last) = classifiers[-1]
+    owner, _, name = path.rpartition(".")
+    linear = nn.Linear(last.in_features, place.out_features, bias=last.bias is not None)
+    setattr(copied.get_submodule(owner), name, linear)
+    return []
 
 
 def _check_copy(unit: Unit, place: Place) -> None:
@@ -209,10 +226,4 @@ def _check_copy(unit: Unit, place: Place) -> None:
         raise ValueError(
             "heads.Augmented can't imitate a unit of which it is not clear where its channels are: "
             "say so with Partition(layout=...), or use heads.Conv or heads.Linear."
-        )
-    if unit.last and unit.body.out_features not in (None, place.out_features):
-        raise ValueError(
-            f"heads.Augmented copies the network's classifier, which returns "
-            f"{unit.body.out_features} features, but out_features={place.out_features}: leave "
-            "out_features out, or use heads.Conv."
         )

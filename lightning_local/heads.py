@@ -183,6 +183,8 @@ class MLP(Head):
     def __init__(self, convs: int = 3, hidden: int = 2, bias: bool = False) -> None:
         self.convs = _count("MLP", "convs", convs, 0)
         self.hidden = _count("MLP", "hidden", hidden, 0)
+        if not isinstance(bias, bool):
+            raise ValueError(f"MLP(bias={bias!r}): pass True or False.")
         self.bias = bias
 
     def build(self, place: Place) -> nn.Module:

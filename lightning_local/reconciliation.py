@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from lightning_local.second_order import fast_second_derivatives
 from lightning_local.work import Coupling, Work, number, unscaled
 
 __all__ = ["DISTANCES", "GradientReconciliation", "gradient_distance"]
@@ -33,9 +34,9 @@ def gradient_distance(
     own = own.flatten(1).to(torch.promote_types(own.dtype, torch.float32))
     received = received.flatten(1).to(own.dtype)
     if distance == "squared_l2":
-        return ((own - received) * n).square().sum(1).mean()
+        return n * functional.mse_loss(own, received, reduction="sum")
     if distance == "mse":
-        return ((own - received) * n).square().mean()
+        return n**2 * functional.mse_loss(own, received)
     if distance == "cosine":
         return (1 - functional.cosine_similarity(own, received, dim=1, eps=1e-12)).mean()
     gap = functional.normalize(own, dim=1) - functional.normalize(received, dim=1)
@@ -106,7 +107,9 @@ class GradientReconciliation(Coupling):
             loss, work.loss = work.loss, None
             work.run_backward(loss)
         else:
-            own = torch.autograd.grad(work.loss * work.scale, work.input, create_graph=True)[0]
+            with fast_second_derivatives(work.loss):
+                scaled = work.loss * work.scale
+                own = torch.autograd.grad(scaled, work.input, create_graph=True)[0]
             self._add_penalty(work, unscaled(own, work.scale))
         if handle is not None:
             # Left on, it would also see the second pass, which brings R_k's own share.

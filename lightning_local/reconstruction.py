@@ -144,7 +144,8 @@ class InfoPro(Loss):
 
     Args:
         denormalize: Mean and standard deviation per channel that turn the network's input back into
-            numbers in [0, 1]: input * std + mean. Of length 1 for all channels.
+            numbers in [0, 1]: input * std + mean. Of length 1 for all channels, which an image has
+            first.
         task: `"softmax"`, any criterion on the head's output; or `"contrast"`, the supervised
             contrastive loss (temperature 0.07) on a 128-dimensional output, normalised.
         lam_first: (lam1, lam2) of the first local module.
@@ -167,7 +168,10 @@ class InfoPro(Loss):
     ) -> None:
         if task not in ("softmax", "contrast"):
             raise ValueError(f"InfoPro(task={task!r}): pass 'softmax' or 'contrast'.")
-        pair = [tuple(float(v) for v in values) for values in denormalize]
+        try:
+            pair = [tuple(float(v) for v in values) for values in denormalize]
+        except TypeError:
+            pair = []
         if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not pair[0] or min(pair[1]) <= 0:
             raise ValueError(
                 f"InfoPro(denormalize={denormalize!r}): pass two lists of one number per channel, "
@@ -200,7 +204,8 @@ class InfoPro(Loss):
                 "or one for all."
             )
         form = [-1 if d == dim else 1 for d in range(place.input.ndim)]
-        mean, std = (torch.tensor(v).view(form) for v in (self.mean, self.std))
+        dtype = place.input.dtype
+        mean, std = (torch.tensor(v, dtype=dtype).view(form) for v in (self.mean, self.std))
         task = copy.deepcopy(criterion) if self.task == "softmax" else None
         return _InfoPro(decoder, mean, std, task, lam[0], lam[1])
 

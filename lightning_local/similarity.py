@@ -6,6 +6,7 @@ Legend: B samples, C channels. All of it is computed outside of autocast, in flo
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -25,10 +26,13 @@ __all__ = [
 ]
 
 
-def _root(squared: torch.Tensor) -> torch.Tensor:
-    """Square root whose first and second derivative at 0 are 0, not infinite or NaN."""
+_EPS = 1e-8
+
+
+def _root(squared: torch.Tensor, at_zero: float) -> torch.Tensor:
+    """Square root; at 0 it is `at_zero`, and both its derivatives are 0, not infinite or NaN."""
     positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), at_zero)
 
 
 def similarity(z: torch.Tensor) -> torch.Tensor:
@@ -46,22 +50,29 @@ def similarity(z: torch.Tensor) -> torch.Tensor:
     with without_autocast(z):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if z.ndim > 2 and z.shape[1] > 3 and z.shape[2] > 1:
-            z = _root(z.flatten(2).var(2))
+            z = _root(z.flatten(2).var(2), 0.0)
         z = z.flatten(1)
         z = z - z.mean(1, keepdim=True)
-        z = z / (1e-8 + _root(z.square().sum(1, keepdim=True)))
+        # A sample without spread has S = 0 whatever divides it: by 1, so that gradients are small.
+        z = z / (_EPS + _root(z.square().sum(1, keepdim=True), 1.0))
         return (z @ z.T).clamp(-1, 1)
 
 
-def class_similarity(target: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """S of one-hot vectors: 1 for equal classes, else -1 / (num_classes - 1).
+def class_similarity(
+    target: torch.Tensor, num_classes: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """S of one-hot vectors: 1 for equal classes, else -1 / (num_classes - 1), but for 1e-8.
 
     Args:
         target: Class indices `(B,)`.
         num_classes: 2 or more.
+        dtype: Of the result.
     """
     same = target[:, None] == target[None, :]
-    return torch.where(same, 1.0, -1.0 / (num_classes - 1))
+    squared = (num_classes - 1) / num_classes  # of a one-hot vector without its mean
+    scale = (math.sqrt(squared) + _EPS) ** -2
+    apart = torch.full(same.shape, -scale / num_classes, dtype=dtype, device=target.device)
+    return apart.masked_fill(same, squared * scale)
 
 
 def similarity_loss(z: torch.Tensor, target: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -75,7 +86,7 @@ def similarity_loss(z: torch.Tensor, target: torch.Tensor, num_classes: int) -> 
     own = similarity(z)
     if target.is_floating_point():
         return functional.mse_loss(own, similarity(target).to(own.dtype))
-    wanted = class_similarity(target, num_classes).to(own.dtype)
+    wanted = class_similarity(target, num_classes, own.dtype)
     counts = ((target >= 0)[:, None] & (target >= 0)[None, :]).to(own.dtype)
     return ((own - wanted).square() * counts).sum() / counts.sum().clamp(min=1)
 
@@ -99,7 +110,7 @@ def supervised_contrastive(
     """
     with without_autocast(z):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        z = z / _root(z.square().sum(1, keepdim=True)).clamp(min=1e-12)
+        z = z / _root(z.square().sum(1, keepdim=True), 1.0)
         logits = z @ z.T / temperature
         counted = target >= 0
         others = counted[:, None] & counted[None, :]

@@ -6,13 +6,15 @@ move at the end of the batch, by one SGD over everything: that this equals stepp
 once is part of what the tests show.
 
 Legend (k counts from 0 here): x_k hidden state after body k, l_k loss, theta_k the body's
-parameters, w_k the head's. e_k = d l_k / d x_{k-1}, g_out(k) = d l_k / d x_k.
+parameters, w_k those of head and loss. e_k = d l_k / d x_{k-1}, g_out(k) = d l_k / d x_k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -20,6 +22,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Tensors = list[torch.Tensor]
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LocalLoss(Protocol):
+    """The loss of the modules that have a head: see `reference_losses.py`."""
+
+    def __call__(
+        self,
+        k: int,
+        output: torch.Tensor,
+        hidden: torch.Tensor,
+        target: torch.Tensor,
+        x0: torch.Tensor,
+    ) -> torch.Tensor:
+        """l_k; x0 is the batch as the loader gave it."""
+
+    def parameters(self, k: int) -> list[nn.Parameter]:
+        """The loss's own parameters for head k."""
 
 
 @dataclass
@@ -69,26 +88,30 @@ class Reference:
     Args:
         units: For each local module its units, in order; called one after another.
         heads: K - 1 head modules.
-        criterion: The heads' loss.
-        last_criterion: The last local module's.
+        loss: Of all local modules but the last.
+        last_criterion: The last one's.
         coupling: What neighbours tell each other.
         optimizer: Over all parameters at once.
+        streams: Per local module the state of the generator that body, head and loss draw from;
+            None draws nothing.
     """
 
     def __init__(
         self,
         units: Sequence[Sequence[nn.Module]],
         heads: Sequence[nn.Module],
-        criterion: Criterion,
+        loss: LocalLoss,
         last_criterion: Criterion,
         coupling: Coupling,
         optimizer: torch.optim.Optimizer,
+        streams: Sequence[torch.Tensor] | None = None,
     ) -> None:
         assert len(units) == len(heads) + 1
         self.units, self.heads = units, heads
-        self.criteria = [*[criterion] * len(heads), last_criterion]
+        self.loss, self.last_criterion = loss, last_criterion
         self.coupling = coupling
         self.optimizer = optimizer
+        self.streams = None if streams is None else list(streams)
         self.batch = 0
 
     def theta(self, k: int, length: int | None = None) -> list[nn.Parameter]:
@@ -97,6 +120,25 @@ class Reference:
         if length is not None:
             units = units[max(0, len(units) - length) :]
         return [p for unit in units for p in unit.parameters() if p.requires_grad]
+
+    def weights(self, k: int) -> list[nn.Parameter]:
+        """w_k."""
+        if k == len(self.heads):
+            return []
+        return [*self.heads[k].parameters(), *self.loss.parameters(k)]
+
+    @contextmanager
+    def _drawing(self, k: int) -> Iterator[None]:
+        """Draws come from module k's stream."""
+        if self.streams is None:
+            before = torch.get_rng_state()
+            yield
+            assert torch.equal(before, torch.get_rng_state()), "something draws: pass streams"
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.streams[k])
+            yield
+            self.streams[k] = torch.get_rng_state()
 
     def step(self, x: torch.Tensor, target: torch.Tensor) -> Step:
         """One batch."""
@@ -109,13 +151,16 @@ class Reference:
                 given = x if k == 0 else hiddens[-1]
                 leaves.append(given.detach().clone().requires_grad_())
                 hidden = leaves[-1].clone()  # a unit may begin by overwriting its input
-                for unit in units:
-                    hidden = unit(hidden)
-                output = hidden
-                if k < len(self.heads):
-                    output = self.heads[k](hidden.clone())
+                with self._drawing(k):
+                    for unit in units:
+                        hidden = unit(hidden)
+                    if k < len(self.heads):
+                        output = self.heads[k](hidden.clone())
+                        loss = self.loss(k, output, hidden.clone(), target, x)
+                    else:
+                        loss = self.last_criterion(hidden, target)
                 hiddens.append(hidden)
-                result.losses.append(self.criteria[k](output, target))
+                result.losses.append(loss)
         for k in range(len(self.units)):
             objective, penalty = result.losses[k], torch.zeros(())
             if coupling.kind == "sgr" and k > 0 and self.batch % coupling.every == 0:
@@ -124,8 +169,7 @@ class Reference:
             result.objectives.append(objective)
             result.penalties.append(penalty)
             own = self.theta(k)
-            weights = list(self.heads[k].parameters()) if k < len(self.heads) else []
-            self._add(result, objective, [*own, *weights])
+            self._add(result, objective, [*own, *self.weights(k)])
             if coupling.kind == "backlink" and k < len(self.units) - 1:
                 self._add_link(result, k, result.losses[k + 1], leaves[k + 1], hiddens[k])
         self._apply(result)

@@ -25,7 +25,7 @@ PUBLIC = {
 }
 # What a file may import besides torch and the standard library; a line may use all lines above it.
 LAYERS = [
-    {"preserving", "factories", "in_place", "meter", "work"},
+    {"preserving", "factories", "in_place", "meter", "work", "second_order"},
     {"tracing"},
     {"body", "dryrun"},
     {"units", "place", "layers"},

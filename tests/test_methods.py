@@ -8,39 +8,19 @@ each module at once changes nothing.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from networks import Cnn, Mlp, PreAct, ResNet, Tagger, Vit
-from reference import Coupling, Reference, Step
-from settings import ScaledCrossEntropy, batches, fit, learner_of, make
-from torch import nn
+from reference import Coupling
+from reference_losses import InfoPro, PredSim
+from twin import DENORMALIZE, Case, check_three_steps
 
-from lightning_local import LocalLearner, Partition, couplings, heads, methods
+from lightning_local import Partition, couplings, heads, methods
 from lightning_local.methods import LocalMethod
 
-TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}  # float64; sums run in another order
 Link, Reconcile = couplings.BackwardLink, couplings.GradientReconciliation
 SGR_WEIGHT = 0.05
-
-
-@dataclass
-class Case:
-    """A method on a network.
-
-    `sizes` is how many units each local module must get, `frozen` which units don't train.
-    """
-
-    id: str
-    network: type[nn.Module]
-    method: Any
-    sizes: list[int]
-    coupling: Coupling = field(default_factory=Coupling)
-    partition: Any = "units"
-    frozen: tuple[int, ...] = ()
 
 
 def link(**options: Any) -> Coupling:
@@ -53,6 +33,20 @@ def sgr(**options: Any) -> Coupling:
 
 def sgr_method(**options: Any) -> LocalMethod:
     return methods.SGR(**{"weight": SGR_WEIGHT, **options})
+
+
+def predsim(name: str, network: Any, sizes: list[int], partition: Any = "units", **o: Any) -> Case:
+    loss = PredSim(o.get("beta", 0.99), o.get("parts", "predsim"))
+    method = methods.PredSim(**{"pool_features": 32, **o})
+    return Case(f"predsim-{name}", network, method, sizes, partition=partition, loss=loss)
+
+
+def infopro(name: str, network: Any, sizes: list[int], partition: Any = "units", **o: Any) -> Case:
+    denormalize = DENORMALIZE[network]
+    lams = {key: o[key] for key in ("lam_first", "lam_last") if key in o}
+    loss = InfoPro(*denormalize, o.get("task") == "contrast", **lams)
+    method = methods.InfoPro(denormalize=denormalize, **o)
+    return Case(f"infopro-{name}", network, method, sizes, partition=partition, loss=loss)
 
 
 def augmented(**options: Any) -> LocalMethod:
@@ -193,84 +187,69 @@ CASES = [
         )
         for units in ((0,), (0, 1), (2, 3))
     ),
-]
-
-
-def grouped(pieces: list[nn.Module], sizes: list[int]) -> list[list[nn.Module]]:
-    assert sum(sizes) == len(pieces)
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [pieces[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-
-
-class Twin:
-    """The reference on deep copies of the learner's module and heads, under the same names."""
-
-    def __init__(self, learner: LocalLearner, case: Case) -> None:
-        self.module: Any = copy.deepcopy(learner.module)
-        own_heads = [module.head for module in learner.local_modules]
-        assert own_heads[-1] is None
-        self.heads: list[Any] = copy.deepcopy(own_heads[:-1])
-        self.named = {f"module.{name}": p for name, p in self.module.named_parameters()}
-        for k, head in enumerate(self.heads):
-            for name, p in head.named_parameters():
-                self.named[f"local_modules.{k}.head.{name}"] = p
-        self.reference = Reference(
-            units=grouped(self.module.net.pieces(), case.sizes),
-            heads=self.heads,
-            criterion=ScaledCrossEntropy(),
-            last_criterion=self.module.loss,
-            coupling=case.coupling,
-            optimizer=torch.optim.SGD(self.named.values(), lr=0.1, momentum=0.9, weight_decay=1e-2),
+    # DGL
+    Case("dgl-cnn", Cnn, methods.DGL(), [1] * 5),
+    Case("dgl-cnn-2", Cnn, methods.DGL(), [3, 2], partition=2),
+    Case("dgl-resnet", ResNet, methods.DGL(), [1] * 5),
+    Case("dgl-preact", PreAct, methods.DGL(variant="original"), [1] * 4),
+    Case("dgl-no-convs", ResNet, methods.DGL(convs=0), [2, 2, 1], partition=3),
+    Case("dgl-linear", ResNet, methods.DGL(convs=1, hidden=0), [2, 2, 1], partition=3),
+    Case("dgl-mlp", Mlp, methods.DGL(), [1] * 4),
+    Case("dgl-vit", Vit, methods.DGL(variant="original"), [1] * 4),
+    Case("dgl-tagger", Tagger, methods.DGL(), [1] * 4),
+    # PredSim
+    predsim("cnn", Cnn, [1] * 5),
+    predsim("cnn-2", Cnn, [3, 2], 2),
+    predsim("resnet", ResNet, [1] * 5),
+    predsim("preact", PreAct, [1] * 4),
+    predsim("mlp", Mlp, [1] * 4),
+    predsim("vit", Vit, [1] * 4),
+    predsim("tagger", Tagger, [1] * 4),
+    predsim("unpooled", Cnn, [2, 2, 1], 3, pool_features=512),
+    predsim("zero-init", Cnn, [2, 2, 1], 3, zero_init=True, beta=0.5),
+    *(
+        predsim(f"{parts}-{network.__name__.lower()}", network, sizes, parts=parts)
+        for parts in ("pred", "sim")
+        for network, sizes in ((Cnn, [1] * 5), (Mlp, [1] * 4), (Tagger, [1] * 4))
+    ),
+    predsim("beta-0", Cnn, [2, 2, 1], 3, beta=0.0),
+    predsim("beta-1", Cnn, [2, 2, 1], 3, beta=1.0),
+    # InfoPro
+    *(
+        infopro(f"{task}-{network.__name__.lower()}", network, sizes, task=task)
+        for task in ("softmax", "contrast")
+        for network, sizes in (
+            (Cnn, [1] * 5),
+            (ResNet, [1] * 5),
+            (PreAct, [1] * 4),
+            (Mlp, [1] * 4),
+            (Vit, [1] * 4),
+            (Tagger, [1] * 4),
         )
-
-    def check_state(self, learner: LocalLearner) -> None:
-        expected = {f"module.{name}": value for name, value in self.module.state_dict().items()}
-        for k, head in enumerate(self.heads):
-            for name, value in head.state_dict().items():
-                expected[f"local_modules.{k}.head.{name}"] = value
-        found = learner.state_dict()
-        assert set(found) == set(expected)
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, **TOLERANCE, msg=_at(name))
-
-
-def _at(name: str) -> Any:
-    return lambda message: f"{name}: {message}"
-
-
-def check_step(
-    expected: Step, twin: Twin, losses: list[torch.Tensor], gradients: dict[str, Any]
-) -> None:
-    assert len(losses) == len(expected.objectives)
-    for k, (found, value) in enumerate(zip(losses, expected.objectives, strict=True)):
-        torch.testing.assert_close(found, value.detach(), **TOLERANCE, msg=_at(f"loss {k}"))
-    assert set(gradients) == set(twin.named)
-    for name, parameter in twin.named.items():
-        value = expected.gradients.get(id(parameter))
-        found = gradients[name]
-        assert (found is None) == (value is None), name
-        if value is not None:
-            torch.testing.assert_close(found, value, **TOLERANCE, msg=_at(name))
+    ),
+    infopro("2", Cnn, [3, 2], 2, lam_last=(0.0, 0.0)),
+    infopro("3", Cnn, [2, 2, 1], 3, lam_first=(1.0, 2.0), lam_last=(3.0, 0.1)),
+    infopro("no-task-first", Cnn, [2, 2, 1], 3, lam_first=(5.0, 0.0)),
+    infopro("no-image-last", ResNet, [2, 2, 1], 3, lam_last=(0.0, 1.0), task="contrast"),
+    infopro("widen", Cnn, [2, 2, 1], 3, widen=2.0),
+    infopro("head", ResNet, [2, 2, 1], 3, head=heads.Linear()),
+    # frozen units behind and in front of a projection and a decoder
+    *(
+        Case(
+            f"frozen-{kind}-{'-'.join(map(str, units))}",
+            Cnn,
+            case.method,
+            [2, 2, 1],
+            partition=3,
+            loss=case.loss,
+            frozen=units,
+        )
+        for kind, case in (("predsim", predsim("", Cnn, [])), ("infopro", infopro("", Cnn, [])))
+        for units in ((0, 1), (2, 3))
+    ),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_three_steps_equal_the_reference(case: Case) -> None:
-    lit = make(case.network)
-    for i in case.frozen:
-        lit.net.pieces()[i].requires_grad_(False)
-    learner = learner_of(lit, case.method, case.partition)
-    twin = Twin(learner, case)
-    data = batches(case.network)
-    record = fit(learner, data)
-    assert learner.trainer.global_step == 3
-    for t, batch in enumerate(data):
-        step = twin.reference.step(*batch)
-        check_step(step, twin, record.losses[t], record.gradients[t])
-        for k, loss in enumerate(step.losses):
-            logged = record.logged[t][f"local/{k:02d}/loss"]
-            assert logged == pytest.approx(float(loss.detach()), rel=1e-6)  # logged in float32
-            name = f"local/{k:02d}/reconciliation"
-            if case.coupling.kind == "sgr" and k > 0 and t % case.coupling.every == 0:
-                ratio = float(step.penalties[k].detach() / loss.detach())
-                assert record.logged[t][name] == pytest.approx(ratio, rel=1e-6)
-    twin.check_state(learner)
+    check_three_steps(case)

@@ -1,69 +1,19 @@
-"""Two data modules of real images: digits from scikit-learn, and CIFAR-10.
+"""Data modules of the papers' small data sets: CIFAR-10, SVHN and STL-10, all held in memory.
 
-How images become batches stands in `images.py`.
+Each says how its images are augmented and normalised. How images become batches stands in
+`images.py`, where they are read in `sources.py`; ImageNet, which does not fit, in `imagenet.py`.
 """
 
-from pathlib import Path
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from examples.image_classification.images import ImageDataModule, ImageDataset, Parts
+from examples.image_classification.sources import StoredImages
 
-__all__ = ["Cifar10DataModule", "DigitsDataModule"]
-
-
-class DigitsDataModule(ImageDataModule):
-    """1,797 scanned digits of 8x8 grey pixels, which scikit-learn ships: nothing is downloaded.
-
-    Args:
-        batch_size: Images per batch, at least 1.
-        val_fraction: Share of the images for validation, above 0.
-        test_fraction: Share of the images for the test, above 0.
-        seed: Of the split, which depends on nothing else.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-
-    def __init__(
-        self,
-        batch_size: int = 64,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.1,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, seed)
-        if val_fraction <= 0.0 or test_fraction <= 0.0 or val_fraction + test_fraction >= 1.0:
-            raise ValueError(
-                f"val_fraction={val_fraction} and test_fraction={test_fraction}: pass two shares "
-                "above 0 whose sum is below 1, so that training images are left."
-            )
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-
-    def load_parts(self) -> Parts:
-        """Read the digits and split them at random, by `seed`."""
-        # Imported here, since scikit-learn is an extra.
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(3)
-        labels = torch.from_numpy(digits.target.astype(np.int64))
-        val = round(self.val_fraction * len(labels))
-        test = round(self.test_fraction * len(labels))
-        order = self.shuffled(len(labels))
-
-        def part(chosen: Tensor) -> ImageDataset:
-            # Pixels are in 0..16; mean and standard deviation of all images, rounded.
-            return ImageDataset(images[chosen], labels[chosen], mean=[4.88], std=[6.02])
-
-        return Parts(
-            train=part(order[val + test :]), val=part(order[:val]), test=part(order[val:][:test])
-        )
+__all__ = ["Cifar10DataModule", "Stl10DataModule", "SvhnDataModule"]
 
 
 class Cifar10DataModule(ImageDataModule):
@@ -103,84 +53,146 @@ class Cifar10DataModule(ImageDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed)
-        if (path is None) == (torchvision_root is None):
-            raise ValueError(
-                f"path={path!r} and torchvision_root={torchvision_root!r}: pass exactly one, a "
-                ".npz file as `path` or a folder in torchvision's layout as `torchvision_root`."
-            )
-        if download and torchvision_root is None:
-            raise ValueError("download=True needs `torchvision_root`, the folder to download to.")
-        if val_size < 0:
-            raise ValueError(f"val_size={val_size}: pass 0 or a number of training images.")
-        self.path = path
-        self.torchvision_root = torchvision_root
-        self.download = download
         self.augment = augment
-        self.val_size = val_size
+        self.stored = StoredImages(
+            path, torchvision_root, download, val_size, side=32, read=_read_cifar10
+        )
 
     def prepare_data(self) -> None:
         """Download, where that was asked for."""
-        if self.download:
-            from torchvision.datasets import CIFAR10
-
-            CIFAR10(self.torchvision_root, download=True)
+        self.stored.download()
 
     def load_parts(self) -> Parts:
         """Read the images from the source that was given, and hold out the validation images."""
-        if self.path is not None:
-            x_train, y_train, x_test, y_test = _read_npz(Path(self.path))
-        else:
-            x_train, y_train, x_test, y_test = _read_torchvision(str(self.torchvision_root))
-        if self.val_size >= len(y_train):
-            raise ValueError(
-                f"val_size={self.val_size} leaves none of the {len(y_train)} training images: "
-                "pass less."
+        plain = partial(ImageDataset, mean=self.MEAN, std=self.STD)
+        train = partial(plain, pad=self.PAD if self.augment else 0)
+        return self.stored.parts(train, plain, self.shuffled)
+
+
+class SvhnDataModule(ImageDataModule):
+    """SVHN: 73,257 training and 26,032 test images of 32x32 colour pixels, house numbers 0..9.
+
+    The 531,131 extra training images are left out, as in InfoPro's code. Training images are
+    padded by 2 pixels of value 0 and cropped, and never mirrored: a mirrored digit is another
+    sign. All are normalised to [-1, 1].
+
+    Args:
+        path: A `.npz` file as for `Cifar10DataModule`.
+        torchvision_root: Folder in the layout of `torchvision.datasets.SVHN`, which reads it with
+            SciPy.
+        download: Let torchvision download into `torchvision_root` what is missing there.
+        batch_size: Images per batch, at least 1.
+        augment: Crop the training images.
+        val_size: Training images held out for validation; with 0 the test images serve for it.
+        seed: Of the choice of these `val_size` images.
+
+    Raises:
+        ValueError: If not exactly one source is given, or an argument is out of its range.
+        ModuleNotFoundError: If torchvision is to read, and SciPy is not installed.
+    """
+
+    MEAN = STD = (127.5, 127.5, 127.5)
+    PAD = 2
+
+    def __init__(
+        self,
+        path: str | None = None,
+        torchvision_root: str | None = None,
+        download: bool = False,
+        batch_size: int = 128,
+        augment: bool = True,
+        val_size: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed)
+        self.augment = augment
+        self.stored = StoredImages(
+            path, torchvision_root, download, val_size, side=32, read=_read_svhn
+        )
+        if torchvision_root is not None and find_spec("scipy") is None:
+            raise ModuleNotFoundError(
+                f"torchvision_root={torchvision_root!r}: torchvision reads SVHN's .mat files with "
+                "SciPy, which is not installed: `pip install scipy`, or pass `path`, a .npz file.",
+                name="scipy",
             )
+
+    def prepare_data(self) -> None:
+        """Download, where that was asked for."""
+        self.stored.download()
+
+    def load_parts(self) -> Parts:
+        """Read the images from the source that was given, and hold out the validation images."""
+        plain = partial(ImageDataset, mean=self.MEAN, std=self.STD)
         pad = self.PAD if self.augment else 0
-        test = ImageDataset(x_test, y_test, self.MEAN, self.STD)
-        if self.val_size == 0:
-            return Parts(ImageDataset(x_train, y_train, self.MEAN, self.STD, pad), test, test)
-        order = self.shuffled(len(y_train))
-        held_out, kept = order[: self.val_size], order[self.val_size :]
-        return Parts(
-            ImageDataset(x_train[kept], y_train[kept], self.MEAN, self.STD, pad),
-            ImageDataset(x_train[held_out], y_train[held_out], self.MEAN, self.STD),
-            test,
+        train = partial(plain, pad=pad, reflect=False, mirror=False)
+        return self.stored.parts(train, plain, self.shuffled)
+
+
+class Stl10DataModule(ImageDataModule):
+    """STL-10: 5,000 labelled training and 8,000 test images of 96x96 colour pixels, 10 classes.
+
+    The unlabelled images are left out. Training images are padded by 4 pixels of value 0, cropped
+    and mirrored; all are normalised to [-1, 1].
+
+    Args:
+        path: A `.npz` file as for `Cifar10DataModule`, with images `(M, 96, 96, 3)`.
+        torchvision_root: Folder in the layout of `torchvision.datasets.STL10`.
+        download: Let torchvision download into `torchvision_root` what is missing there.
+        batch_size: Images per batch, at least 1.
+        augment: Crop and mirror the training images.
+        val_size: Training images held out for validation; with 0 the test images serve for it.
+        seed: Of the choice of these `val_size` images.
+
+    Raises:
+        ValueError: If not exactly one source is given, or an argument is out of its range.
+    """
+
+    MEAN = STD = (127.5, 127.5, 127.5)
+    PAD = 4
+
+    def __init__(
+        self,
+        path: str | None = None,
+        torchvision_root: str | None = None,
+        download: bool = False,
+        batch_size: int = 128,
+        augment: bool = True,
+        val_size: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed)
+        self.augment = augment
+        self.stored = StoredImages(
+            path, torchvision_root, download, val_size, side=96, read=_read_stl10
         )
 
+    def prepare_data(self) -> None:
+        """Download, where that was asked for."""
+        self.stored.download()
 
-def _read_npz(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels, training then test, from a `.npz` file."""
-    names = ("x_train", "y_train", "x_test", "y_test")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"path={str(path)!r} is no file: pass a .npz file with the arrays {', '.join(names)} "
-            "(`--data.path` on the command line), or `torchvision_root` instead."
-        )
-    with np.load(path) as arrays:
-        missing = [name for name in names if name not in arrays]
-        if missing:
-            raise ValueError(
-                f"{path} lacks {', '.join(missing)} and holds {', '.join(arrays) or 'nothing'}: "
-                f"it needs the arrays {', '.join(names)}."
-            )
-        x_train, y_train, x_test, y_test = (arrays[name] for name in names)
-    for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        if x.dtype != np.uint8 or x.shape != (len(y), 32, 32, 3):
-            raise ValueError(
-                f"x_{name} in {path} is {x.dtype} {x.shape} beside {len(y)} labels: "
-                f"it must be uint8 ({len(y)}, 32, 32, 3)."
-            )
-    return _tensors(x_train, y_train) + _tensors(x_test, y_test)
+    def load_parts(self) -> Parts:
+        """Read the images from the source that was given, and hold out the validation images."""
+        plain = partial(ImageDataset, mean=self.MEAN, std=self.STD)
+        train = partial(plain, pad=self.PAD if self.augment else 0, reflect=False)
+        return self.stored.parts(train, plain, self.shuffled)
 
 
-def _read_torchvision(root: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels, training then test, through torchvision."""
+def _read_cifar10(root: str, train: bool, download: bool) -> tuple[NDArray[Any], list[int]]:
     from torchvision.datasets import CIFAR10
 
-    train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
-    return _tensors(train.data, train.targets) + _tensors(test.data, test.targets)
+    part = CIFAR10(root, train=train, download=download)
+    return part.data, part.targets
 
 
-def _tensors(images: np.ndarray, labels: NDArray[Any] | list[int]) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(images), torch.from_numpy(np.asarray(labels, dtype=np.int64))
+def _read_svhn(root: str, train: bool, download: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+    from torchvision.datasets import SVHN
+
+    part = SVHN(root, split="train" if train else "test", download=download)
+    return part.data.transpose(0, 2, 3, 1), part.labels
+
+
+def _read_stl10(root: str, train: bool, download: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+    from torchvision.datasets import STL10
+
+    part = STL10(root, split="train" if train else "test", download=download)
+    return part.data.transpose(0, 2, 3, 1), part.labels

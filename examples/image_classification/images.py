@@ -3,7 +3,7 @@
 Images stay uint8 until a batch asks for them. Cropping, mirroring and normalising are then a few
 tensor operations per batch, and no worker process is needed. A batch is `(x, y)`: `x` is the
 network's input exactly as the network gets it, and nothing is left to do in a training step. Which
-images these are, `data.py` says.
+images these are, `digits.py` and `data.py` say.
 
 Shapes: M images in the data set, N in a batch, C channels, H and W the image's sides.
 """
@@ -30,8 +30,10 @@ class ImageDataset(Dataset[Batch]):
         labels: int64 `(M,)`.
         mean: Mean per channel, in the units of `images`.
         std: Standard deviation per channel, in the same units.
-        pad: With `pad` > 0 each image is shifted by up to that many pixels (reflected at the
-            border) and mirrored half of the time, drawn from torch's global generator.
+        pad: With `pad` > 0 each image is shifted by up to that many pixels, drawn from torch's
+            global generator; below the smaller side.
+        reflect: What lies beyond the border: the image reflected, or (False) pixels of value 0.
+        mirror: With `pad` > 0, mirror half of the images, left to right.
     """
 
     def __init__(
@@ -41,12 +43,16 @@ class ImageDataset(Dataset[Batch]):
         mean: Sequence[float],
         std: Sequence[float],
         pad: int = 0,
+        reflect: bool = True,
+        mirror: bool = True,
     ) -> None:
         self.images = images
         self.labels = labels
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self.pad = pad
+        self.reflect = reflect
+        self.mirror = mirror
 
     def __len__(self) -> int:
         """Number of images."""
@@ -69,13 +75,18 @@ class ImageDataset(Dataset[Batch]):
         count = len(chosen)
         _, height, width, channels = self.images.shape
         top, left = torch.randint(-self.pad, self.pad + 1, (2, count, 1))
-        rows = _reflect(top + torch.arange(height), height)
-        columns = _reflect(left + torch.arange(width), width)
-        columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+        rows, columns = top + torch.arange(height), left + torch.arange(width)
+        if self.mirror:
+            columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
         first = chosen.view(-1, 1, 1) * (height * width)
-        pixels = first + rows.unsqueeze(2) * width + columns.unsqueeze(1)
+        inner_rows, inner_columns = _reflect(rows, height), _reflect(columns, width)
+        pixels = first + inner_rows.unsqueeze(2) * width + inner_columns.unsqueeze(1)
         gathered = self.images.view(-1, channels).index_select(0, pixels.flatten())
-        return gathered.view(count, height, width, channels)
+        gathered = gathered.view(count, height, width, channels)
+        if not self.reflect:
+            beyond = (rows != inner_rows).unsqueeze(2) | (columns != inner_columns).unsqueeze(1)
+            gathered.masked_fill_(beyond.unsqueeze(3), 0)
+        return gathered
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
-__all__ = ["LitClassifier", "cosine_warmup"]
+__all__ = ["LitClassifier", "cosine", "cosine_warmup"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -45,13 +45,25 @@ def cosine_warmup(
     return cosine * share + warmup_lr * (1.0 - share)
 
 
-def _share_of_lr(epochs: int, lr: float) -> Callable[[int], float]:
-    """The schedule as `LambdaLR` wants it: a factor on `lr`, epochs counted from 0."""
-    return lambda epoch: cosine_warmup(epoch + 1, epochs, lr) / lr
+def cosine(epoch: int, epochs: int, warmup_epochs: int = 0) -> float:
+    """Learning rate of one epoch as a share of the highest: a line up, then a cosine down to 0.
+
+    Without warm-up it is `0.5 * (1 + cos(pi * epoch / epochs))`, the schedule of InfoPro's code
+    for ImageNet; a warm-up of w epochs puts `1 / (w + 1)`, `2 / (w + 1)`, ... in front.
+
+    Args:
+        epoch: The epoch, counted from 0.
+        epochs: Number of epochs, at least 1, the warm-up's among them.
+        warmup_epochs: Length of the warm-up in epochs, 0 or more.
+    """
+    if epoch < warmup_epochs:
+        return (epoch + 1) / (warmup_epochs + 1)
+    length = max(1, epochs - warmup_epochs)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (epoch - warmup_epochs) / length)))
 
 
 class LitClassifier(L.LightningModule):
-    """Cross entropy, accuracy and SGD around any network that maps images to logits.
+    """Cross entropy, accuracy and an optimizer around any network that maps images to logits.
 
     It logs `train/loss`, `train/accuracy`, `val/loss`, `val/accuracy`, `test/loss` and
     `test/accuracy`. `load_from_checkpoint` needs the `network` again, since only the other
@@ -63,9 +75,11 @@ class LitClassifier(L.LightningModule):
         label_smoothing: Of the training loss, in [0, 1].
         lr: Learning rate, the highest one of the schedule, above 0.
         momentum: Of SGD, in [0, 1); Nesterov's form when above 0.
-        weight_decay: Of SGD, on every parameter.
-        schedule: `"none"`; `"onecycle"`, per step over the whole run; or `"cosine_warmup"`, per
-            epoch over the whole run (see `cosine_warmup`).
+        weight_decay: On every parameter, 0 or more.
+        schedule: `"none"`; `"onecycle"`, per step over the whole run; `"cosine"` or
+            `"cosine_warmup"`, per epoch over the whole run (see the functions of these names).
+        optimizer: `"sgd"` or `"adamw"`.
+        warmup_epochs: Of the schedule `"cosine"`, 0 or more; `"cosine_warmup"` brings its own.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -79,7 +93,9 @@ class LitClassifier(L.LightningModule):
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
-        schedule: Literal["none", "onecycle", "cosine_warmup"] = "none",
+        schedule: Literal["none", "onecycle", "cosine", "cosine_warmup"] = "none",
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        warmup_epochs: int = 0,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -90,9 +106,19 @@ class LitClassifier(L.LightningModule):
             raise ValueError(f"lr={lr}: pass a learning rate above 0.")
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum={momentum} is outside of [0, 1).")
-        if schedule not in ("none", "onecycle", "cosine_warmup"):
+        if weight_decay < 0.0:
+            raise ValueError(f"weight_decay={weight_decay}: pass 0 or more.")
+        if schedule not in ("none", "onecycle", "cosine", "cosine_warmup"):
             raise ValueError(
-                f"schedule={schedule!r} is unknown: pass 'none', 'onecycle' or 'cosine_warmup'."
+                f"schedule={schedule!r} is unknown: pass 'none', 'onecycle', 'cosine' or "
+                "'cosine_warmup'."
+            )
+        if optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"optimizer={optimizer!r} is unknown: pass 'sgd' or 'adamw'.")
+        if warmup_epochs < 0 or (warmup_epochs and schedule != "cosine"):
+            raise ValueError(
+                f"warmup_epochs={warmup_epochs} with schedule={schedule!r}: pass 0 or more with "
+                "schedule='cosine', and leave it out with any other."
             )
         self.save_hyperparameters(ignore=["network"])
         self.network = network
@@ -101,6 +127,8 @@ class LitClassifier(L.LightningModule):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.schedule = schedule
+        self.optimizer = optimizer
+        self.warmup_epochs = warmup_epochs
         # The checks of the values cost one host-device synchronisation per batch.
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -143,14 +171,18 @@ class LitClassifier(L.LightningModule):
         return probabilities
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with the schedule that was asked for, stretched over the whole run."""
-        optimizer = torch.optim.SGD(
-            self.parameters(),
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.momentum > 0.0,
-            weight_decay=self.weight_decay,
-        )
+        """SGD or AdamW with the schedule that was asked for, stretched over the whole run."""
+        optimizer: Optimizer
+        if self.optimizer == "adamw":
+            optimizer = AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        else:
+            optimizer = SGD(
+                self.parameters(),
+                lr=self.lr,
+                momentum=self.momentum,
+                nesterov=self.momentum > 0.0,
+                weight_decay=self.weight_decay,
+            )
         scheduler: LRScheduler
         if self.schedule == "none":
             return optimizer
@@ -161,12 +193,19 @@ class LitClassifier(L.LightningModule):
             interval = "step"
         else:
             epochs = int(self._finite(self.trainer.max_epochs))
-            scheduler = LambdaLR(optimizer, _share_of_lr(epochs, self.lr))
+            scheduler = LambdaLR(optimizer, self._share_of_lr(epochs))
             interval = "epoch"
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": interval},
         }
+
+    def _share_of_lr(self, epochs: int) -> Callable[[int], float]:
+        """The schedule as `LambdaLR` wants it: a factor on `lr`, epochs counted from 0."""
+        lr, warmup_epochs = self.lr, self.warmup_epochs
+        if self.schedule == "cosine":
+            return lambda epoch: cosine(epoch, epochs, warmup_epochs)
+        return lambda epoch: cosine_warmup(epoch + 1, epochs, lr) / lr
 
     def _finite(self, length: float | None) -> float:
         """The length of the run, which the schedule must know."""
