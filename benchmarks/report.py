@@ -40,8 +40,10 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
+    # A path says something about the machine alone.
+    given = [f"FOLDER/{Path(a).name}" if a.startswith("/") else a for a in sys.argv[1:]]
     result = {
-        "command": " ".join(["python", "-m", f"benchmarks.{folder.name}.main", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{folder.name}.main", *given]),
         "commit": commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
         "machine": _machine(),

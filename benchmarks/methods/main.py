@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.report import renew_table, write
 from examples.image_classification import CifarResNet, LitClassifier
-from lightning_local import LocalLearner, heads, methods
+from lightning_local import LocalLearner, heads, methods, reconciliation
 from lightning_local.meter import LiveBytes, existing
 from lightning_local.methods import LocalMethod
+from lightning_local.second_order import fast_second_derivatives
 from lightning_local.tables import flops_of_a_step
 
 HERE = Path(__file__).parent
@@ -39,6 +41,8 @@ METHODS: dict[str, Callable[[], LocalMethod]] = {
     "SGR, linear heads": lambda: methods.SGR(head=heads.Linear()),
     "SGR, linear heads, every=4": lambda: methods.SGR(head=heads.Linear(), every=4),
 }
+SLOW = "SGR, linear heads, torch's own second derivatives"
+METHODS[SLOW] = METHODS["SGR, linear heads"]
 
 
 class Images(Dataset[Any]):
@@ -112,9 +116,13 @@ class Peak(L.Callback):
             self.bytes = max(self.bytes, torch.cuda.max_memory_allocated())
 
 
-def run(method: LocalMethod, callback: L.Callback, steps: int, options: Any) -> Any:
+def run(name: str, callback: L.Callback, steps: int, options: Any) -> Any:
     """One fit of a few steps; returns what was trained."""
+    fast = fast_second_derivatives
+    reconciliation.fast_second_derivatives = (lambda loss: nullcontext()) if name == SLOW else fast
+    method = METHODS[name]()
     L.seed_everything(0, verbose=False)
+    torch.set_num_threads(1)
     model: Any = LitClassifier(CifarResNet(options.depth))
     if not isinstance(method, methods.EndToEnd):
         model = LocalLearner(model, method)
@@ -134,7 +142,7 @@ def measure(options: Any) -> list[dict[str, Any]]:
     facts: dict[str, tuple[int, int, int, float]] = {}
     for name in names:
         peak = Peak()
-        model = run(METHODS[name](), peak, options.steps + 1, options)
+        model = run(name, peak, options.steps + 1, options)
         if isinstance(model, LocalLearner):
             plain, local = flops_of_a_step(model)
             size = sum(p.numel() for p in model.local_modules.parameters())
@@ -144,7 +152,7 @@ def measure(options: Any) -> list[dict[str, Any]]:
     for _ in range(options.rounds):
         for name in names:
             clock = Clock()
-            run(METHODS[name](), clock, options.steps + 1, options)
+            run(name, clock, options.steps + 1, options)
             seconds[name] = min(seconds[name], sum(clock.seconds[1:]) / options.steps)
     base = names[0]
     return [
@@ -180,7 +188,6 @@ def main() -> None:
     if options.table:
         renew_table(HERE)
         return
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows = measure(options)
