@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_local.dryrun import on_fakes
 from lightning_local.local_module import LocalModule
 from lightning_local.methods.base import LocalMethod
+from lightning_local.objectives import Objective
 from lightning_local.partition import Cutting, Partition, cut_network
 from lightning_local.place import Place, Unit
 from lightning_local.randomness import seed_for
@@ -42,6 +43,12 @@ def make_local_modules(
         ValueError: The network can't be cut as asked, or the heads' size can't be seen.
     """
     assert method.head is not None
+    first = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    # The data may be in the precision that the network will have once the fit starts.
+    inputs = [
+        v.to(first.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for v in inputs
+    ]
     cutting = cut_network(
         network,
         request,
@@ -58,7 +65,6 @@ def make_local_modules(
     embedding = method.loss.embedding
     given = inputs[0] if inputs and isinstance(inputs[0], torch.Tensor) else None
     shape = None if given is None else torch.empty_like(given, device="meta")
-    first = next(p for p in network.parameters() if p.is_floating_point())
     units = [
         Unit(
             body,
@@ -85,6 +91,11 @@ def make_local_modules(
                 if embedding is None and scalar:
                     head = nn.Sequential(head, nn.Flatten(0))
             objective = method.loss.build(place, criterion)
+            if not isinstance(objective, Objective):
+                raise TypeError(
+                    f"{type(method.loss).__name__}.build returned a {type(objective).__name__}: it "
+                    "has to return a losses.Objective."
+                )
             for each in (head, objective):
                 each.to(first.device, first.dtype)
         modules.append(LocalModule(body, head, objective))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from lightning_local.ranges import count, number
 from lightning_local.reconciliation import GradientReconciliation
-from lightning_local.work import Coupling, Work, number, unscaled
+from lightning_local.work import Coupling, Work, unscaled
 
 __all__ = ["BackwardLink", "Coupling", "GradientReconciliation", "Isolated", "Work"]
 
@@ -47,12 +48,10 @@ class BackwardLink(Coupling):
     returns_error = True
 
     def __init__(self, weight: float = 1.0, length: int | None = None) -> None:
-        self.weight = number("weight", weight, "BackwardLink")
-        if length is not None and (isinstance(length, bool) or length != int(length) or length < 0):
-            raise ValueError(
-                f"BackwardLink(length={length!r}): pass a number of units, 0 (greedy) or more, or "
-                "None for the whole local module."
-            )
+        self.weight = number("BackwardLink", "weight", weight, what="a factor")
+        if length is not None:
+            what = "None (the whole local module) or a number of units"
+            length = count("BackwardLink", "length", length, 0, what)
         self.length = length
 
     def backward(self, work: Work) -> torch.Tensor | None:

@@ -15,8 +15,18 @@ from abc import ABC, abstractmethod
 from torch import nn
 
 from lightning_local.augmented import build_augmented
-from lightning_local.layers import ADAPTIVE, AVERAGE, CONV, NORM, BatchNorm1d, ChannelsFirst, Pool
+from lightning_local.layers import (
+    ADAPTIVE,
+    AVERAGE,
+    CONV,
+    NORM,
+    BatchNorm1d,
+    ChannelsFirst,
+    FixedSize,
+    Pool,
+)
 from lightning_local.place import Place
+from lightning_local.ranges import count, number, one_of
 
 __all__ = ["MLP", "Augmented", "Conv", "Head", "Linear"]
 
@@ -34,12 +44,6 @@ class Head(ABC):
     @abstractmethod
     def build(self, place: Place) -> nn.Module:
         """Makes the head for one place; maps the hidden state to logits."""
-
-
-def _count(owner: str, name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{owner}({name}={value!r}): pass a whole number, {least} or more.")
-    return value
 
 
 class Linear(Head):
@@ -62,7 +66,9 @@ class Linear(Head):
 
     def __init__(self, pool_features: int | None = None, zero_init: bool = False) -> None:
         if pool_features is not None:
-            _count("Linear", "pool_features", pool_features, 1)
+            pool_features = count("Linear", "pool_features", pool_features, 1)
+        if not isinstance(zero_init, bool):
+            raise ValueError(f"Linear(zero_init={zero_init!r}): pass True or False.")
         self.pool_features, self.zero_init = pool_features, zero_init
 
     def build(self, place: Place) -> nn.Module:
@@ -75,7 +81,8 @@ class Linear(Head):
             # Half a window of zeros on each side where windows don't fit, as Nokland & Eidnes.
             padding = [k // 2 if side % k else 0 for side, k in zip(space, kernel, strict=True)]
             average = AVERAGE[len(space) - 1](kernel, stride=kernel, padding=tuple(padding))
-            layers = [ChannelsFirst(hidden.channel_dim), average, nn.Flatten()]
+            sized = FixedSize(hidden.shape, "heads.Linear(pool_features=...)", "pool_features=None")
+            layers = [sized, ChannelsFirst(hidden.channel_dim), average, nn.Flatten()]
             features *= math.prod(math.ceil(s / k) for s, k in zip(space, kernel, strict=True))
         linear = nn.Linear(features, place.out_features)
         if self.zero_init:
@@ -97,7 +104,8 @@ def pooling_kernel(channels: int, space: tuple[int, ...], features: int) -> tupl
             left = math.prod(math.ceil(s / k) for s, k in zip(space, kernel, strict=True))
             if channels * left <= features:
                 return tuple(kernel)
-            kernel[i] *= 2
+            if kernel[i] < space[i]:
+                kernel[i] *= 2
     return tuple(kernel)
 
 
@@ -119,11 +127,9 @@ class Conv(Head):
     """
 
     def __init__(self, hidden_features: int = 128, widen: float = 1.0) -> None:
-        _count("Conv", "hidden_features", hidden_features, 1)
-        if not widen > 0:
-            raise ValueError(f"Conv(widen={widen!r}): pass a factor above 0.")
+        count("Conv", "hidden_features", hidden_features, 1)
+        self.widen = number("Conv", "widen", widen, positive=True, what="a factor")
         self.hidden_features = max(1, int(hidden_features * widen))
-        self.widen = widen
 
     def build(self, place: Place) -> nn.Module:
         """Makes the head for maps or vectors."""
@@ -181,8 +187,8 @@ class MLP(Head):
     """
 
     def __init__(self, convs: int = 3, hidden: int = 2, bias: bool = False) -> None:
-        self.convs = _count("MLP", "convs", convs, 0)
-        self.hidden = _count("MLP", "hidden", hidden, 0)
+        self.convs = count("MLP", "convs", convs, 0)
+        self.hidden = count("MLP", "hidden", hidden, 0)
         if not isinstance(bias, bool):
             raise ValueError(f"MLP(bias={bias!r}): pass True or False.")
         self.bias = bias
@@ -239,20 +245,15 @@ class Augmented(Head):
     def __init__(
         self, depth: int = 2, pyramid: float = 0.5, init: str = "fresh", block: str = "auto"
     ) -> None:
-        if isinstance(depth, bool) or depth != int(depth) or depth < 0:
-            raise ValueError(f"Augmented(depth={depth!r}): pass a number of units, 0 or more.")
-        if not 0 <= pyramid <= 1:
-            raise ValueError(f"Augmented(pyramid={pyramid!r}): pass 0 (constant depth) to 1.")
-        for name, value, allowed in (
-            ("init", init, ("fresh", "copy")),
-            ("block", block, ("auto", "copy")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Augmented({name}={value!r}): pass one of {allowed}.")
+        self.depth = count("Augmented", "depth", depth, 0, "a number of units")
+        what = "a share from 0 (constant depth)"
+        self.pyramid = number("Augmented", "pyramid", pyramid, 1, what=what)
+        self.init = one_of("Augmented", "init", init, ("fresh", "copy"))
+        one_of("Augmented", "block", block, ("auto", "copy"))
         if init == "copy" and block == "auto":
             block = "copy"  # the authors' block has no weights to start from
-        self.depth, self.pyramid, self.init, self.block = depth, pyramid, init, block
-        self.tail_units = depth
+        self.block = block
+        self.tail_units = self.depth
 
     def depth_at(self, k: int, num_modules: int) -> int:
         """Units in the head of local module k of K: a line from depth to depth - pyramid*(depth-1).

@@ -15,7 +15,9 @@ __all__ = [
     "NORM",
     "BatchNorm1d",
     "BatchNorm2d",
+    "BatchNorm3d",
     "ChannelsFirst",
+    "FixedSize",
     "Pool",
     "without_autocast",
 ]
@@ -41,10 +43,48 @@ class BatchNorm2d(nn.BatchNorm2d):
         return super().forward(input)
 
 
+class BatchNorm3d(nn.BatchNorm3d):
+    """BatchNorm that trains on one sample of one voxel: with its running statistics."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalises `(N, C, D, H, W)`."""
+        if self.training and input.numel() == input.shape[1]:
+            return _running_norm(self, input)
+        return super().forward(input)
+
+
 def _running_norm(norm: nn.modules.batchnorm._BatchNorm, input: torch.Tensor) -> torch.Tensor:
     return functional.batch_norm(
         input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
     )
+
+
+class FixedSize(nn.Module):
+    """Says what is wrong with a hidden state of another size than at the start.
+
+    Args:
+        shape: The size, without the batch.
+        owner: What fixes it.
+        remedy: What takes any size.
+    """
+
+    def __init__(self, shape: tuple[int, ...], owner: str, remedy: str) -> None:
+        super().__init__()
+        self.shape, self.owner, self.remedy = shape, owner, remedy
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden state as it is.
+
+        Raises:
+            ValueError: It has another size.
+        """
+        if tuple(hidden.shape[1:]) != self.shape:
+            raise ValueError(
+                f"{self.owner} was made for hidden states of shape {self.shape}, and got "
+                f"{tuple(hidden.shape[1:])}: give it inputs of one size, or use {self.remedy}, "
+                "which takes any."
+            )
+        return hidden
 
 
 class ChannelsFirst(nn.Module):
@@ -77,7 +117,7 @@ class Pool(nn.Module):
 
 # Layers by number of space dimensions, from 1.
 CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORM: tuple[type[nn.Module], ...] = (BatchNorm1d, BatchNorm2d, nn.BatchNorm3d)
+NORM: tuple[type[nn.Module], ...] = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 ADAPTIVE: tuple[type[nn.Module], ...] = (
     nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d,

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_local.compiling import Compiled
 from lightning_local.couplings import Work
+from lightning_local.first_batch import check_graph, first_loss
 from lightning_local.hooks import SavingByStep
 from lightning_local.message import Message
 from lightning_local.meter import Meter, existing
@@ -37,7 +38,7 @@ from lightning_local.schedules import Schedules
 from lightning_local.state import Resumed
 from lightning_local.stepping import Stepping
 from lightning_local.substitute import Expected, Substitute
-from lightning_local.wrapping import as_inputs, check_target, run_step
+from lightning_local.wrapping import as_inputs, run_step
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
@@ -216,14 +217,15 @@ class TrainingLoop:
                     hidden.requires_grad_()  # a frozen body; its head's gradient is still asked for
                 output = module.predict(hidden)
                 assert module.objective is not None
-                if self._first and learner.default_criterion and module.predicts:
-                    check_target(message.target, output)
                 if self._first:
-                    module.objective.check(output, message.target, message.input)
-                loss = module.objective(output, hidden, message.target, message.input)
+                    loss = first_loss(module, output, hidden, message, learner.default_criterion)
+                else:
+                    loss = module.objective(output, hidden, message.target, message.input)
                 if not module.predicts:
                     output = None
                 sent = (hidden.detach(), *carried)
+        if self._first and leaves and loss is not None:
+            check_graph(loss)
         if isinstance(output, torch.Tensor):
             output = output.detach()
         work = Work(

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_local.place import Place
 
-__all__ = ["Criterion", "Loss", "Objective", "form_of", "per_item"]
+__all__ = ["Criterion", "Loss", "Objective", "form_of", "ignored_index", "per_item"]
 
 Criterion = Callable[[torch.Tensor, Any], torch.Tensor]
 
@@ -104,3 +104,8 @@ def form_of(target: Any) -> str:
     if isinstance(target, torch.Tensor):
         return f"{target.dtype} of shape {tuple(target.shape)}"
     return f"a {type(target).__name__}"
+
+
+def ignored_index(criterion: Criterion) -> int:
+    """The class index that a criterion leaves out; torch's default where it names none."""
+    return int(getattr(criterion, "ignore_index", -100))

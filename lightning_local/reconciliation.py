@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from lightning_local.ranges import count, number, one_of
 from lightning_local.second_order import fast_second_derivatives
-from lightning_local.work import Coupling, Work, number, unscaled
+from lightning_local.work import Coupling, Work, unscaled
 
 __all__ = ["DISTANCES", "GradientReconciliation", "gradient_distance"]
 
@@ -28,7 +29,8 @@ def gradient_distance(
         received: g_out(k-1) `(N, ...)`, a constant.
         distance: `"squared_l2"` sums squares over features and averages over samples, on
             per-sample gradients (times N, which undoes the loss's mean); `"mse"` averages both;
-            `"cosine"` is 1 - cos; `"normalized_l2"` the L2 distance of unit vectors.
+            `"cosine"` is 1 - cos; `"normalized_l2"` the L2 distance of unit vectors; where g_in is
+            0 these two are 1 and without gradient.
     """
     n = own.shape[0]
     own = own.flatten(1).to(torch.promote_types(own.dtype, torch.float32))
@@ -37,10 +39,14 @@ def gradient_distance(
         return n * functional.mse_loss(own, received, reduction="sum")
     if distance == "mse":
         return n**2 * functional.mse_loss(own, received)
+    # A gradient of 0, as behind weights of 0, has no direction to turn: D is constant there.
+    lengths = own.square().sum(1, keepdim=True)
+    some = lengths > 0
+    unit = own * torch.where(some, torch.where(some, lengths, 1.0).rsqrt(), 0.0)
+    other = functional.normalize(received, dim=1)
     if distance == "cosine":
-        return (1 - functional.cosine_similarity(own, received, dim=1, eps=1e-12)).mean()
-    gap = functional.normalize(own, dim=1) - functional.normalize(received, dim=1)
-    return (gap.square().sum(1) + 1e-12).sqrt().mean()
+        return (1 - (unit * other).sum(1)).mean()
+    return ((unit - other).square().sum(1) + 1e-12).sqrt().mean()
 
 
 class GradientReconciliation(Coupling):
@@ -75,19 +81,11 @@ class GradientReconciliation(Coupling):
         every: int = 1,
         warmup: int = 0,
     ) -> None:
-        self.weight = number("weight", weight, "GradientReconciliation")
-        if distance not in DISTANCES:
-            raise ValueError(
-                f"GradientReconciliation(distance={distance!r}) is not known: pass one of "
-                f"{DISTANCES}."
-            )
-        if isinstance(every, bool) or every != int(every) or every < 1:
-            raise ValueError(
-                f"GradientReconciliation(every={every!r}): pass a number of batches, 1 or more."
-            )
-        self.distance = distance
-        self.every = every
-        self.warmup = number("warmup", warmup, "GradientReconciliation")
+        owner = "GradientReconciliation"
+        self.weight = number(owner, "weight", weight, what="a factor")
+        self.distance = one_of(owner, "distance", distance, DISTANCES)
+        self.every = count(owner, "every", every, 1, "a number of batches")
+        self.warmup = number(owner, "warmup", warmup, what="a number of batches")
 
     def wants_input(self, k: int, step: int) -> bool:
         """Where and when R_k is formed."""
@@ -103,17 +101,19 @@ class GradientReconciliation(Coupling):
         if work.hidden is not None:
             # torch leaves register_hook untyped.
             handle = work.hidden.register_hook(sent.append)  # type: ignore[no-untyped-call]
-        if work.input is None:
-            loss, work.loss = work.loss, None
-            work.run_backward(loss)
-        else:
-            with fast_second_derivatives(work.loss):
-                scaled = work.loss * work.scale
-                own = torch.autograd.grad(scaled, work.input, create_graph=True)[0]
-            self._add_penalty(work, unscaled(own, work.scale))
-        if handle is not None:
-            # Left on, it would also see the second pass, which brings R_k's own share.
-            handle.remove()
+        try:
+            if work.input is None:
+                loss, work.loss = work.loss, None
+                work.run_backward(loss)
+            else:
+                with fast_second_derivatives(work.loss):
+                    scaled = work.loss * work.scale
+                    own = torch.autograd.grad(scaled, work.input, create_graph=True)[0]
+                self._add_penalty(work, unscaled(own, work.scale))
+        finally:
+            if handle is not None:
+                # Left on, it would also see the second pass, which brings R_k's own share.
+                handle.remove()
         return unscaled(sent[0].detach(), work.scale) if sent else None
 
     def _add_penalty(self, work: Work, own: torch.Tensor) -> None:

@@ -1,9 +1,4 @@
-"""InfoPro: rebuild the network's input from a hidden state, beside the task.
-
-For maps the decoder is the authors' (Wang et al. 2021, arXiv 2101.10832): up to the image's size,
-3x3 convolution to 12 channels, BN, ReLU, 3x3 convolution to the image's channels. The forms for
-tokens and vectors are ours. A decoder returns logits; the sigmoid is in the loss.
-"""
+"""InfoPro: rebuild the network's input from a hidden state, beside the task."""
 
 from __future__ import annotations
 
@@ -16,119 +11,39 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_local.layers import CONV, NORM, BatchNorm1d, ChannelsFirst, Pool, without_autocast
-from lightning_local.objectives import Criterion, Loss, Objective, form_of, per_item
+from lightning_local.decoders import MapDecoder, build_decoder, channel_dim
+from lightning_local.layers import without_autocast
+from lightning_local.objectives import (
+    Criterion,
+    Loss,
+    Objective,
+    form_of,
+    ignored_index,
+    per_item,
+)
 from lightning_local.place import Place
+from lightning_local.ranges import number, one_of
 from lightning_local.similarity import supervised_contrastive
 
-__all__ = ["InfoPro", "build_decoder"]
+__all__ = ["InfoPro"]
 
 EMBEDDING = 128
 # How far outside of [0, 1] rounding and resizing may put a pixel.
 _SLACK = 0.01
-_MODES = ("linear", "bilinear", "trilinear")
-_WIDTH = 12
 
 
-class _TokensToMap(nn.Module):
-    """The last h * w of T tokens as a map, without those before them, such as a class token."""
-
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__()
-        self.height, self.width = height, width
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(N, T, C)` to `(N, C, h, w)`."""
-        patches = tokens[:, -self.height * self.width :]
-        samples, _, channels = patches.shape
-        return patches.movedim(2, 1).reshape(samples, channels, self.height, self.width)
-
-
-def _channel_dim(input: torch.Tensor, place: Place) -> int:
-    """Where the channels of the network's input are: last in tokens, else dimension 1."""
-    return 2 if _per_token(input, place) else 1
-
-
-def _per_token(input: torch.Tensor, place: Place) -> bool:
-    return place.tokens and input.ndim == 3 and input.shape[1] == place.hidden.space[0]
-
-
-def _grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """The largest grid of square patches of an image that `tokens` tokens can hold."""
-    for patch in range(1, min(height, width) + 1):
-        rows, columns = height // patch, width // patch
-        if height % patch == 0 and width % patch == 0 and rows * columns <= tokens:
-            return (rows, columns) if tokens - rows * columns < rows * columns else None
-    return None
-
-
-def build_decoder(place: Place, widen: float) -> nn.Module:
-    """The decoder for one place.
-
-    Args:
-        place: Where the hidden state is, and what the network's input looks like.
-        widen: Factor on the 12 channels between the convolutions.
-
-    Returns:
-        A module that maps the hidden state to logits in the shape of the input.
-
-    Raises:
-        ValueError: The input is no tensor of floating-point numbers, or its form can't be had from
-            the hidden state's.
-    """
-    image, hidden = place.input, place.hidden
-    if image is None or not image.is_floating_point():
-        found = "no single tensor" if image is None else f"of type {image.dtype}"
-        raise ValueError(
-            f"InfoPro reconstructs the network's input, and this one is {found}: it needs a tensor "
-            "of floating-point numbers; PredSim, DGL and AugLocal need no reconstruction."
-        )
-    channels = hidden.channels
-    if not hidden.space:
-        return nn.Sequential(
-            nn.Linear(channels, channels),
-            BatchNorm1d(channels),
-            nn.ReLU(inplace=True),
-            nn.Linear(channels, math.prod(image.shape[1:])),
-            nn.Unflatten(1, image.shape[1:]),
-        )
-    if _per_token(image, place):
-        return nn.Sequential(
-            Pool(2, False),
-            nn.Linear(channels, channels),
-            nn.LayerNorm(channels),
-            nn.ReLU(inplace=True),
-            nn.Linear(channels, image.shape[2]),
-        )
-    first: nn.Module | None = None
-    dims = image.ndim - 2
-    if len(hidden.space) == dims and 1 <= dims <= 3 and not place.tokens:
-        first = ChannelsFirst(hidden.channel_dim)
-    elif place.tokens and image.ndim == 4:
-        grid = _grid(hidden.space[0], *image.shape[2:])
-        first = _TokensToMap(*grid) if grid is not None else None
-    if first is None:
-        raise ValueError(
-            f"InfoPro can't rebuild an input of shape {tuple(image.shape[1:])} from a hidden state "
-            f"of shape {hidden.shape} (both without the batch): it can from maps of the input's "
-            "number of dimensions, from the tokens of an image's patches, from one token per token "
-            "of the input, and from vectors."
-        )
-    width = max(1, int(_WIDTH * widen))
-    conv = CONV[dims - 1]
-    return nn.Sequential(
-        first,
-        nn.Upsample(tuple(image.shape[2:]), mode=_MODES[dims - 1], align_corners=True),
-        conv(channels, width, 3, padding=1),
-        NORM[dims - 1](width),
-        nn.ReLU(inplace=True),
-        conv(width, image.shape[1], 3, padding=1),
-    )
+def _numbers(lists: Any) -> list[tuple[float, ...]]:
+    """Lists of finite numbers as tuples; empty if they are something else."""
+    try:
+        found = [tuple(float(v) for v in values) for values in lists]
+    except (TypeError, ValueError):
+        return []
+    return found if all(math.isfinite(v) for values in found for v in values) else []
 
 
 def _pair(name: str, value: Sequence[float]) -> tuple[float, float]:
-    numbers = tuple(float(v) for v in value)
-    if len(numbers) != 2 or not all(math.isfinite(v) and v >= 0 for v in numbers):
+    (numbers,) = _numbers([value]) or [()]
+    if len(numbers) != 2 or min(numbers) < 0:
         raise ValueError(
             f"InfoPro({name}={value!r}): pass two numbers, 0 or more: the weight of the "
             "reconstruction and that of the task."
@@ -140,7 +55,8 @@ class InfoPro(Loss):
     """Reconstruction of the input, and the task (Wang et al. 2021, arXiv 2101.10832).
 
     l_k = lam1_k * BCE(decoder(x_k), input de-normalised to [0, 1]) + lam2_k * task; both weights go
-    linearly from the first head to the last one. A term of weight 0 is not computed.
+    linearly from the first head to the last one. A term of weight 0 is not computed, and without a
+    reconstruction there is no decoder.
 
     Args:
         denormalize: Mean and standard deviation per channel that turn the network's input back into
@@ -166,22 +82,16 @@ class InfoPro(Loss):
         lam_last: tuple[float, float] = (0.2, 0.5),
         widen: float = 1.0,
     ) -> None:
-        if task not in ("softmax", "contrast"):
-            raise ValueError(f"InfoPro(task={task!r}): pass 'softmax' or 'contrast'.")
-        try:
-            pair = [tuple(float(v) for v in values) for values in denormalize]
-        except TypeError:
-            pair = []
+        self.task = one_of("InfoPro", "task", task, ("softmax", "contrast"))
+        pair = _numbers(denormalize)
         if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not pair[0] or min(pair[1]) <= 0:
             raise ValueError(
                 f"InfoPro(denormalize={denormalize!r}): pass two lists of one number per channel, "
                 "the means and the standard deviations (above 0) your data were normalised with."
             )
-        if not widen > 0:
-            raise ValueError(f"InfoPro(widen={widen!r}): pass a factor above 0.")
+        self.widen = number("InfoPro", "widen", widen, positive=True, what="a factor")
         self.mean, self.std = pair
         self.lam_first, self.lam_last = _pair("lam_first", lam_first), _pair("lam_last", lam_last)
-        self.task, self.widen = task, widen
         self.embedding = EMBEDDING if task == "contrast" else None
 
     def build(self, place: Place, criterion: Criterion) -> Objective:
@@ -194,9 +104,12 @@ class InfoPro(Loss):
                 f"{place.k} of {place.num_modules} would learn nothing, since both its weights are "
                 "0: pass a weight above 0."
             )
+        task = copy.deepcopy(criterion) if self.task == "softmax" else None
+        if not lam[0]:
+            return _InfoPro(None, None, task, ignored_index(criterion), 0.0, lam[1])
         decoder = build_decoder(place, self.widen)
         assert place.input is not None
-        dim = _channel_dim(place.input, place)
+        dim = channel_dim(place.input, place)
         if len(self.mean) not in (1, place.input.shape[dim]):
             raise ValueError(
                 f"InfoPro(denormalize=...) has {len(self.mean)} channels, and the network's input "
@@ -205,38 +118,39 @@ class InfoPro(Loss):
             )
         form = [-1 if d == dim else 1 for d in range(place.input.ndim)]
         dtype = place.input.dtype
-        mean, std = (torch.tensor(v, dtype=dtype).view(form) for v in (self.mean, self.std))
-        task = copy.deepcopy(criterion) if self.task == "softmax" else None
-        return _InfoPro(decoder, mean, std, task, lam[0], lam[1])
+        pixels = torch.stack([torch.tensor(v, dtype=dtype) for v in (self.mean, self.std)])
+        pixels = pixels.view(2, *form)
+        return _InfoPro(decoder, pixels, task, ignored_index(criterion), lam[0], lam[1])
 
 
 class _InfoPro(Objective):
-    mean: torch.Tensor
-    std: torch.Tensor
+    pixels: torch.Tensor
 
     def __init__(
         self,
-        decoder: nn.Module,
-        mean: torch.Tensor,
-        std: torch.Tensor,
+        decoder: nn.Module | None,
+        pixels: torch.Tensor | None,
         criterion: Criterion | None,
+        ignored: int,
         lam1: float,
         lam2: float,
     ) -> None:
         super().__init__()
         self.decoder = decoder
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.register_buffer("pixels", pixels, persistent=False)  # mean and standard deviation
         self.criterion = criterion
+        self.ignored = ignored
         self.lam1, self.lam2 = lam1, lam2
         self.predicts = criterion is not None and lam2 > 0
 
     def networks(self) -> list[nn.Module]:
-        return [self.decoder] if self.lam1 else []
+        return [] if self.decoder is None else [self.decoder]
 
     def check(self, output: torch.Tensor, target: Any, input: Any) -> None:
-        low, high = (float(v) for v in self._image(input).aminmax())
-        if self.lam1 and not (low >= -_SLACK and high <= 1 + _SLACK):
+        low, high = (float(v) for v in self._image(input).aminmax()) if self.lam1 else (0.0, 1.0)
+        if math.isnan(low) or math.isnan(high):
+            raise ValueError("InfoPro rebuilds the network's input, and the first has NaN in it.")
+        if not (low >= -_SLACK and high <= 1 + _SLACK):
             raise ValueError(
                 f"InfoPro(denormalize=...) turns the first batch into numbers from {low:.3g} to "
                 f"{high:.3g}, and the reconstruction needs [0, 1]: pass the mean and the standard "
@@ -254,7 +168,7 @@ class _InfoPro(Objective):
             )
 
     def _image(self, input: torch.Tensor) -> torch.Tensor:
-        return input * self.std + self.mean
+        return input * self.pixels[1] + self.pixels[0]
 
     def forward(
         self, output: torch.Tensor, hidden: torch.Tensor, target: Any, input: Any
@@ -264,15 +178,18 @@ class _InfoPro(Objective):
             terms.append(self.lam1 * self._reconstruction(hidden, input))
         if self.lam2:
             output, target = per_item(output, target)
-            contrast = self.criterion is None
-            task = supervised_contrastive if self.criterion is None else self.criterion
-            if contrast and output.ndim > 2:
-                output, target = output.flatten(0, -2), target.flatten()
-            terms.append(self.lam2 * task(output, target))
+            if self.criterion is not None:
+                task = self.criterion(output, target)
+            else:
+                output = output.flatten(0, -2)
+                task = supervised_contrastive(output, target.flatten(), ignored=self.ignored)
+            terms.append(self.lam2 * task)
         return terms[0] + terms[1] if len(terms) == 2 else terms[0]
 
     def _reconstruction(self, hidden: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        logits = self.decoder(hidden)
+        assert self.decoder is not None
+        resized = isinstance(self.decoder, MapDecoder)
+        logits = self.decoder(hidden, input.shape[2:]) if resized else self.decoder(hidden)
         with without_autocast(logits):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             # With logits: the same as the authors' sigmoid and BCE, and stable.

@@ -14,8 +14,16 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_local.layers import CONV, ChannelsFirst, without_autocast
-from lightning_local.objectives import Criterion, Loss, Objective, form_of, per_item
+from lightning_local.objectives import (
+    Criterion,
+    Loss,
+    Objective,
+    form_of,
+    ignored_index,
+    per_item,
+)
 from lightning_local.place import Place
+from lightning_local.ranges import number, one_of
 
 __all__ = [
     "PredSim",
@@ -75,24 +83,28 @@ def class_similarity(
     return apart.masked_fill(same, squared * scale)
 
 
-def similarity_loss(z: torch.Tensor, target: torch.Tensor, num_classes: int) -> torch.Tensor:
+def similarity_loss(
+    z: torch.Tensor, target: torch.Tensor, num_classes: int, ignored: int = -100
+) -> torch.Tensor:
     """Mean squared difference of the similarities of hidden states and of targets.
 
     Args:
         z: `(B, C)` or `(B, C, ...)`.
-        target: Class indices `(B,)`, of which negative ones are left out, or numbers `(B, ...)`.
+        target: Class indices `(B,)`, or numbers `(B, ...)`.
         num_classes: Number of classes, for indices.
+        ignored: An index that is left out, as negative ones are.
     """
     own = similarity(z)
     if target.is_floating_point():
-        return functional.mse_loss(own, similarity(target).to(own.dtype))
+        return functional.mse_loss(own, similarity(target.flatten(1)).to(own.dtype))
     wanted = class_similarity(target, num_classes, own.dtype)
-    counts = ((target >= 0)[:, None] & (target >= 0)[None, :]).to(own.dtype)
+    counted = (target >= 0) & (target != ignored)
+    counts = (counted[:, None] & counted[None, :]).to(own.dtype)
     return ((own - wanted).square() * counts).sum() / counts.sum().clamp(min=1)
 
 
 def supervised_contrastive(
-    z: torch.Tensor, target: torch.Tensor, temperature: float = 0.07
+    z: torch.Tensor, target: torch.Tensor, temperature: float = 0.07, ignored: int = -100
 ) -> torch.Tensor:
     """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2).
 
@@ -102,8 +114,9 @@ def supervised_contrastive(
 
     Args:
         z: Embeddings `(B, D)`; they are normalised here.
-        target: Class indices `(B,)`; negative ones are left out.
+        target: Class indices `(B,)`.
         temperature: Divides the cosine similarities.
+        ignored: An index that is left out, as negative ones are.
 
     Returns:
         The mean over the batch, a scalar.
@@ -112,7 +125,7 @@ def supervised_contrastive(
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         z = z / _root(z.square().sum(1, keepdim=True), 1.0)
         logits = z @ z.T / temperature
-        counted = target >= 0
+        counted = (target >= 0) & (target != ignored)
         others = counted[:, None] & counted[None, :]
         others &= ~torch.eye(len(z), dtype=torch.bool, device=z.device)
         # Finite, so that an anchor without others has finite gradients.
@@ -142,12 +155,9 @@ class PredSim(Loss):
     """
 
     def __init__(self, beta: float = 0.99, parts: str = "predsim") -> None:
-        if not 0 <= beta <= 1:
-            raise ValueError(f"PredSim(beta={beta!r}): pass a share of the similarity, 0 to 1.")
-        if parts not in ("predsim", "pred", "sim"):
-            raise ValueError(f"PredSim(parts={parts!r}): pass 'predsim', 'pred' or 'sim'.")
-        self.beta = {"predsim": float(beta), "pred": 0.0, "sim": 1.0}[parts]
-        self.parts = parts
+        beta = number("PredSim", "beta", beta, 1, what="a share of the similarity")
+        self.parts = one_of("PredSim", "parts", parts, ("predsim", "pred", "sim"))
+        self.beta = {"predsim": beta, "pred": 0.0, "sim": 1.0}[parts]
         if parts == "sim":
             self.embedding = 0
 
@@ -177,6 +187,8 @@ class _PredSim(Objective):
         self.pools = place.pools
         # One number per sample with class indices: two classes.
         self.num_classes = max(2, place.out_features)
+        self.ignored = ignored_index(criterion)
+        self.items = 1 if place.pools else 2  # dimensions of a class index per prediction
 
     def networks(self) -> list[nn.Module]:
         return [] if self.projection is None else [self.projection]
@@ -193,6 +205,8 @@ class _PredSim(Objective):
 
     def _similarity(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         assert self.projection is not None
+        if target.ndim > self.items:
+            target = target.to(torch.promote_types(target.dtype, torch.float32))
         if not self.pools:
             z = self.projection(hidden.movedim(self.channel_dim, -1)).flatten(0, -2)
             target = target.flatten(0, hidden.ndim - 2)
@@ -200,17 +214,21 @@ class _PredSim(Objective):
             z = self.projection(hidden.movedim(self.channel_dim, -1)).movedim(-1, 1)
         else:
             z = self.projection(hidden)
-        return similarity_loss(z, target, self.num_classes)
+        return similarity_loss(z, target, self.num_classes, self.ignored)
 
     def check(self, output: torch.Tensor, target: Any, input: Any) -> None:
         if self.beta == 0:
             return
+        remedy = "use unpack=... to give it that, or parts='pred', which takes any criterion's."
         tensor = isinstance(target, torch.Tensor)
-        items = output.ndim - 1 if self.predicts else (1 if self.pools else 2)
-        indices = tensor and not target.is_floating_point() and target.ndim == items
-        numbers = tensor and target.is_floating_point() and target[0].numel() > 1
-        if not (indices or (numbers and target.ndim > items)):
+        indices = tensor and target.ndim == self.items and not target.is_floating_point()
+        if not indices and not (tensor and target.ndim > self.items and target[0].numel() > 1):
             raise ValueError(
                 f"PredSim compares targets with each other, and got {form_of(target)}: it takes a "
-                "class index per prediction, or two or more numbers."
+                f"class index per prediction, or two or more numbers; {remedy}"
+            )
+        if indices and bool(((target >= self.num_classes) & (target != self.ignored)).any()):
+            raise ValueError(
+                f"PredSim got the class index {int(target.max())}, and there are "
+                f"{self.num_classes} classes, as many as the network has outputs: {remedy}"
             )

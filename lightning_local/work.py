@@ -7,14 +7,13 @@ is the boundary gradient (travels forward); g_in(k) = d l_k / d x_{k-1}.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Coupling", "Work", "number", "unscaled"]
+__all__ = ["Coupling", "Work", "unscaled"]
 
 
 @dataclass
@@ -99,15 +98,6 @@ class Coupling(ABC):
             first: Whether it is the first local module, whose input needs no gradient.
         """
         return 2 * (body + head)
-
-
-def number(name: str, value: float, owner: str) -> float:
-    """The value of an argument, if it is finite and not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{owner}({name}={value!r}): pass a finite number.")
-    if value < 0:
-        raise ValueError(f"{owner}({name}={value!r}) is negative: pass 0 (off) or more.")
-    return float(value)
 
 
 def unscaled(gradient: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 __all__ = [
     "as_inputs",
-    "check_target",
     "default_unpack",
     "find_network",
     "run_step",
@@ -84,30 +83,6 @@ def default_unpack(batch: Any) -> tuple[Any, Any]:
         f"The batch is {found}; local losses need its input and its target. Expected are (x, y) or "
         f"a dict with one of {_INPUT_KEYS} and one of {_TARGET_KEYS}: pass LocalLearner(unpack=...)"
         ", a function from the batch to (input, target)."
-    )
-
-
-def check_target(target: Any, output: Any) -> None:
-    """Looks in the first step whether cross entropy, the default criterion, fits the targets.
-
-    Args:
-        target: The unpacked target.
-        output: A head's: logits `(N, C)` or `(N, T, V)`.
-
-    Raises:
-        ValueError: The targets are numbers, and neither class indices nor class probabilities.
-    """
-    if not isinstance(target, torch.Tensor) or not target.is_floating_point():
-        return
-    if isinstance(output, torch.Tensor) and target.shape == output.shape:
-        sums = target.sum(-1)
-        if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) and (target >= 0).all():
-            return
-    raise ValueError(
-        f"The targets are {target.dtype} of shape {tuple(target.shape)}: neither class indices nor "
-        "probabilities that add up to 1 per sample, which the heads' default criterion, cross "
-        "entropy, needs. Pass LocalLearner(criterion=...), such as torch.nn.MSELoss() or "
-        "torch.nn.BCEWithLogitsLoss()."
     )
 
 

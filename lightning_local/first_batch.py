@@ -1,0 +1,95 @@
+"""What can only be seen in the first batch of a fit: whether targets, losses and graphs fit.
+
+All of it is raised before a weight changes. Reading from the device is fine here, once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_local.local_module import LocalModule
+from lightning_local.message import Message
+from lightning_local.second_order import graph_nodes
+
+__all__ = ["check_graph", "check_target", "first_loss"]
+
+
+def first_loss(
+    module: LocalModule,
+    output: torch.Tensor,
+    hidden: torch.Tensor,
+    message: Message,
+    default_criterion: bool,
+) -> torch.Tensor:
+    """The local loss of the first batch, looked at from all sides.
+
+    Args:
+        module: The local module.
+        output: Its head's.
+        hidden: Its hidden state.
+        message: What it got.
+        default_criterion: Whether the heads' criterion is ours, cross entropy.
+
+    Raises:
+        ValueError: The targets don't fit the loss, it overwrites the hidden state, or it is no
+            scalar.
+    """
+    objective = module.objective
+    assert objective is not None
+    if default_criterion and module.predicts:
+        check_target(message.target, output)
+    objective.check(output, message.target, message.input)
+    version = hidden._version
+    loss: torch.Tensor = objective(output, hidden, message.target, message.input)
+    name = type(objective).__name__.lstrip("_")
+    if hidden._version != version:
+        raise ValueError(
+            f"The loss {name} overwrites the hidden state, which the next local module gets: begin "
+            "with an operation that is not in place, or with hidden.clone()."
+        )
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        found = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ValueError(
+            f"The local loss {name} returned {found}, and a scalar is needed: let the criterion "
+            "average (reduction='mean')."
+        )
+    return loss
+
+
+def check_graph(loss: torch.Tensor) -> None:
+    """Looks for what hides parameters from a coupling that asks for single gradients.
+
+    Raises:
+        ValueError: A segment is checkpointed with `use_reentrant=True`.
+    """
+    if any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes(loss.grad_fn)):
+        raise ValueError(
+            "The network uses torch.utils.checkpoint with use_reentrant=True, which hides its "
+            "parameters from the method's coupling: pass use_reentrant=False."
+        )
+
+
+def check_target(target: Any, output: Any) -> None:
+    """Looks in the first step whether cross entropy, the default criterion, fits the targets.
+
+    Args:
+        target: The unpacked target.
+        output: A head's: logits `(N, C)` or `(N, T, V)`.
+
+    Raises:
+        ValueError: The targets are numbers, and neither class indices nor class probabilities.
+    """
+    if not isinstance(target, torch.Tensor) or not target.is_floating_point():
+        return
+    if isinstance(output, torch.Tensor) and target.shape == output.shape:
+        sums = target.sum(-1)
+        if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) and (target >= 0).all():
+            return
+    raise ValueError(
+        f"The targets are {target.dtype} of shape {tuple(target.shape)}: neither class indices nor "
+        "probabilities that add up to 1 per sample, which the heads' default criterion, cross "
+        "entropy, needs. Pass LocalLearner(criterion=...), such as torch.nn.MSELoss() or "
+        "torch.nn.BCEWithLogitsLoss()."
+    )
