@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
-__all__ = ["fast_second_derivatives"]
+__all__ = ["fast_second_derivatives", "graph_nodes"]
 
 _aten = torch.ops.aten
 
@@ -67,9 +67,14 @@ class _BatchNorm(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         """P is symmetric, so v takes g's way; r and z, which depend on x, bring the rest."""
+        if torch.is_grad_enabled():
+            # torch's once_differentiable refuses only what passes its own node: not x's gradient.
+            raise RuntimeError(
+                "A third derivative of a batch norm is asked for, and second_order.py has none: "
+                "leave out create_graph=True in the second backward."
+            )
         g, x, w, h, mean, r = ctx.saved_tensors
         scale = torch.ones_like(r) if w is None else w.to(r.dtype)
 
@@ -125,7 +130,7 @@ _FAST: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 }
 
 
-def _nodes(root: Node | None) -> Iterator[Node]:
+def graph_nodes(root: Node | None) -> Iterator[Node]:
     """All functions of the graph behind `root`, each once."""
     waiting, seen = [root], {root, None}
     while waiting:
@@ -162,12 +167,14 @@ def fast_second_derivatives(loss: Tensor) -> Iterator[None]:
             return None
         try:
             return (_FAST[node.name()](node, g, h), *made[1:])
-        except CheckpointError:
-            return None  # a checkpointed segment's tensors can be read only once per backward
+        except (AttributeError, CheckpointError):
+            # Left to torch: a torch that keeps what the fast functions read under another name,
+            # and a checkpointed segment, whose tensors can be read only once per backward.
+            return None
 
     handles = [
         node.register_hook(partial(replace, node))
-        for node in _nodes(loss.grad_fn)
+        for node in graph_nodes(loss.grad_fn)
         if node.name() in _FAST
     ]
     try:

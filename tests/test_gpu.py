@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from simple import METHODS, Lit, Net, data, run
+from test_second_order import CONVOLUTIONS, NORMS, compare
 from torch import nn
 
 from lightning_local import LocalLearner, LocalSummary
@@ -111,3 +112,48 @@ def test_compiled(method, on_gpu):
     trainer, model = run(learner(method, compile=True), on_gpu, epochs=1)
     assert trainer.global_step == 3
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.fixture
+def no_tf32():
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
+
+
+SECOND = [
+    (torch.float64, None, 1e-8),
+    (torch.float32, None, 1e-3),  # cuDNN may take another algorithm than torch's way does
+    (torch.float32, torch.float16, 0.05),  # both ways round, at other places
+    (torch.float32, torch.bfloat16, 0.1),
+]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("dtype", "autocast", "tolerance"), SECOND)
+def test_fast_second_derivatives_are_torchs(dtype, autocast, tolerance, groups, layout, no_tf32):
+    first = nn.Conv2d(8, 8, 3, groups=groups, bias=False)
+    last = nn.Conv2d(8, 4, 3, stride=2, groups=groups)
+    net = nn.Sequential(first, nn.BatchNorm2d(8), nn.Tanh(), last)
+    net = net.to("cuda", dtype, memory_format=layout)
+    x = torch.randn(6, 8, 12, 12, dtype=dtype).to("cuda", memory_format=layout)
+    compare(net, x, 3, tolerance=tolerance, first=tolerance, autocast=autocast)
+
+
+@pytest.mark.parametrize(("cls", "options"), CONVOLUTIONS)
+def test_fast_second_derivatives_of_convolutions(cls, options, no_tf32):
+    net = nn.Sequential(cls(4, 8, 3, **options), nn.Tanh()).to("cuda", torch.float64)
+    x = torch.randn(3, 4, *(9, 8, 7)[: net[0].weight.dim() - 2], dtype=torch.float64)
+    compare(net, x.to("cuda"), 1, tolerance=1e-8, first=1e-8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("cls", "shape", "options"), NORMS)
+def test_fast_second_derivatives_of_norms(cls, shape, options, training, no_tf32):
+    norm = cls(5, **options).to("cuda", torch.float64)
+    net = nn.Sequential(nn.Tanh(), norm, nn.Tanh()).train(training)
+    fast = training or norm.running_mean is None
+    x = torch.randn(shape, dtype=torch.float64, device="cuda")
+    for bias in (norm.bias, None):  # with an undefined one, as without a weight, it isn't cuDNN's
+        norm.bias = bias
+        compare(net, x, int(fast), int(not fast), tolerance=1e-8, first=1e-8)

@@ -1,0 +1,1 @@
+"""Which weight for SGR."""
