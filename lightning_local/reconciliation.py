@@ -39,14 +39,20 @@ def gradient_distance(
         return n * functional.mse_loss(own, received, reduction="sum")
     if distance == "mse":
         return n**2 * functional.mse_loss(own, received)
-    # A gradient of 0, as behind weights of 0, has no direction to turn: D is constant there.
-    lengths = own.square().sum(1, keepdim=True)
-    some = lengths > 0
-    unit = own * torch.where(some, torch.where(some, lengths, 1.0).rsqrt(), 0.0)
-    other = functional.normalize(received, dim=1)
+    unit, other = _directions(own), _directions(received)
     if distance == "cosine":
         return (1 - (unit * other).sum(1)).mean()
     return ((unit - other).square().sum(1) + 1e-12).sqrt().mean()
+
+
+def _directions(gradients: torch.Tensor) -> torch.Tensor:
+    """Unit vectors `(N, D)`; 0, and without gradient, where a gradient is 0 and has none.
+
+    That is so behind weights that start at 0, where the derivative of a direction is infinite.
+    """
+    squared = gradients.square().sum(1, keepdim=True)
+    some = squared > 0
+    return gradients * torch.where(some, torch.where(some, squared, 1.0).rsqrt(), 0.0)
 
 
 class GradientReconciliation(Coupling):
