@@ -75,7 +75,8 @@ def make_local_modules(
         for u, body in enumerate(cutting.units)
         if u > 0
     ]
-    scalar = isinstance(cutting.output, torch.Tensor) and cutting.output.ndim == 1
+    rank = cutting.output.ndim if isinstance(cutting.output, torch.Tensor) else None
+    scalar = rank == 1 and out_features is None
     modules = []
     num_modules = len(cutting.bodies)
     for k, body in enumerate(cutting.bodies[:-1]):
@@ -124,7 +125,7 @@ def parameters_per_module(
 def _output_form(output: Any, out_features: int | None, name: str) -> tuple[int, bool]:
     """Number of logits and whether heads pool, by the rank of the network's output."""
     tensor = isinstance(output, torch.Tensor)
-    if tensor and output.ndim == 1:  # a number per sample
+    if tensor and output.ndim == 1 and out_features is None:  # a number per sample
         return 1, True
     if tensor and output.ndim in (2, 3):
         return out_features or output.shape[-1], output.ndim == 2

@@ -133,6 +133,14 @@ def test_a_criterion_is_asked_as_the_network_would_be(quiet):
     assert seen == [((12,), (12,))] * 4
 
 
+def test_out_features_win_over_a_network_of_one_number():
+    learner = LocalLearner(Lit(Scalar(), nn.MSELoss()), "Greedy", out_features=3)
+    learner.build(torch.rand(2, 3, 8, 8))
+    with torch.no_grad():
+        (hidden,) = learner.local_modules[0](torch.rand(2, 3, 8, 8))
+        assert learner.local_modules[0].predict(hidden).shape == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("method", "batch", "message"),
     [
