@@ -5,10 +5,12 @@ from lightning_local.callbacks import LocalSummary
 from lightning_local.cli import LocalCLI
 from lightning_local.learner import LocalLearner
 from lightning_local.partition import Partition
+from lightning_local.strategy import LocalParallelStrategy
 
 __all__ = [
     "LocalCLI",
     "LocalLearner",
+    "LocalParallelStrategy",
     "LocalSummary",
     "Partition",
     "couplings",

@@ -74,8 +74,16 @@ class LocalSummary(pl.Callback):
         self._keep(trainer, self._learner(pl_module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps the last epoch's curves."""
-        self._keep(trainer, self._learner(pl_module))
+        """Keeps the last epoch's curves, and what every stage has measured."""
+        learner = self._learner(pl_module)
+        self._keep(trainer, learner)
+        if learner is None or learner.loop is None or not self.memory:
+            return
+        if (meter := learner.loop.watch.meter) is not None:
+            self.peaks, learner.loop.watch.meter = meter.peaks, None
+        peaks = torch.tensor(self.peaks or [0] * learner.num_modules)
+        peaks = learner.links.add_up(peaks, largest=True)
+        self.peaks = peaks.tolist() if peaks.any() else []
 
     def _keep(self, trainer: pl.Trainer, learner: LocalLearner | None) -> None:
         if learner is None:
@@ -95,10 +103,10 @@ class LocalSummary(pl.Callback):
         if not self.memory or learner is None or learner.loop is None:
             return
         done = learner.loop.stepping.steps
-        if done == 1 and learner.loop.meter is None:
-            learner.loop.meter = Meter(learner.num_modules, learner.device)
-        elif done > 1 and learner.loop.meter is not None:
-            self.peaks, learner.loop.meter = learner.loop.meter.peaks, None
+        if done == 1 and learner.loop.watch.meter is None:
+            learner.loop.watch.meter = Meter(learner.num_modules, learner.device)
+        elif done > 1 and learner.loop.watch.meter is not None:
+            self.peaks, learner.loop.watch.meter = learner.loop.watch.meter.peaks, None
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts counting."""
@@ -125,7 +133,7 @@ class LocalSummary(pl.Callback):
     def _stop(self, learner: LocalLearner | None, stage: str, *, log: bool) -> None:
         if learner is None or learner.head_accuracy is None:
             return
-        values = learner.head_accuracy.compute()
+        values = learner.head_accuracy.compute(learner.links)
         learner.head_accuracy = None
         if log:
             self.accuracies = values.tolist()
@@ -143,8 +151,6 @@ class LocalSummary(pl.Callback):
         learner = self._learner(pl_module)
         if learner is None:
             return
-        if learner.loop is not None and learner.loop.meter is not None:
-            self.peaks, learner.loop.meter = learner.loop.meter.peaks, None
         where = "CUDA" if learner.device.type == "cuda" else "live tensors"
         print_results(learner, self.accuracies, self.peaks, where)
         if self.pictures and trainer.logger is not None and trainer.log_dir is not None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_local.dryrun import on_fakes
 from lightning_local.preserving import training_mode
-from lightning_local.substitute import in_order
+from lightning_local.substitute import in_order, inputs_of_call, replaced
 from lightning_local.wrapping import as_inputs
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None
         with (
             isolate_rng(),
             torch.no_grad(),
-            _replaced(network, "forward", call),
+            replaced(network, "forward", call),
             training_mode(module, False),
         ):
             output = module.forward(*inputs)
@@ -109,14 +109,6 @@ def let_go(trainer: Any) -> None:
         loop._data_source.__dict__.pop("dataloader", None)
 
 
-class _Called(BaseException):
-    """Carries what the network was called with out of the user's forward."""
-
-    def __init__(self, inputs: tuple[Any, ...]) -> None:
-        super().__init__()
-        self.inputs = inputs
-
-
 def _through_forward(learner: LocalLearner, example: Any) -> tuple[Any, ...]:
     """Lightning's example is for the module's forward, which may prepare the network's input."""
     args = () if isinstance(example, Mapping) else as_inputs(example)
@@ -126,28 +118,9 @@ def _through_forward(learner: LocalLearner, example: Any) -> tuple[Any, ...]:
     if network is learner.module or not is_overridden("forward", learner.module):
         return in_order(forward, args, kwargs)
 
-    def call(*inputs: Any, **named: Any) -> Any:
-        raise _Called(in_order(forward, inputs, named))
-
-    with isolate_rng(), torch.no_grad(), _replaced(network, "forward", call):
-        try:
-            learner.module.forward(*args, **kwargs)
-        except _Called as called:
-            return called.inputs
-    return in_order(forward, args, kwargs)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before
+    with isolate_rng(), torch.no_grad():
+        found = inputs_of_call(network, lambda: learner.module.forward(*args, **kwargs))
+    return in_order(forward, args, kwargs) if found is None else found
 
 
 def _loader(learner: LocalLearner) -> Any:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_local.links import Links
 from lightning_local.metrics import countable, hits
 from lightning_local.wrapping import as_inputs
 
@@ -32,9 +33,10 @@ class HeadAccuracy:
             self._counts[0, k] += hits(output[None], target)[0]
             self._counts[1, k] += (target >= 0).sum()
 
-    def compute(self) -> torch.Tensor:
-        """Accuracies `(K,)` in [0, 1]; NaN where nothing could be counted."""
-        return self._counts[0].cpu().double() / self._counts[1].cpu()
+    def compute(self, links: Links) -> torch.Tensor:
+        """Accuracies `(K,)` in [0, 1], of all stages; NaN where nothing could be counted."""
+        counts = links.add_up(self._counts.cpu())
+        return counts[0].double() / counts[1]
 
 
 class AfterHeads:

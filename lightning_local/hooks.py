@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_local.evaluation import AtLastStage, BatchStart
+
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
+
 __all__ = [
     "HOOKS",
-    "SavingByStep",
     "call_hook",
     "check_callbacks",
     "check_module",
@@ -68,6 +72,17 @@ HOOKS = (
     "test_step",
     "predict_step",
 )
+# Those that look at what steps have made: outputs, and what the user's module keeps of them. With
+# several stages they run where the steps do, all others on every stage.
+_AFTER_STEPS = {
+    "on_train_batch_end",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_test_batch_end",
+    "on_test_epoch_end",
+    "on_predict_batch_end",
+    "on_predict_epoch_end",
+}
 _REFUSED = {
     "optimizer_step": "steps are made per local module; use on_before_optimizer_step",
     "configure_gradient_clipping": "use the Trainer's gradient_clip_val, gradient_clip_algorithm",
@@ -76,6 +91,7 @@ _REFUSED = {
 }
 
 
+_INSTEAD = "strategy=LocalParallelStrategy(num_stages=1, data_parallel={})"
 _REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
     pl_callbacks.LearningRateFinder: "it drives one optimizer and every local module has its own; "
     "find the rate with the plain module, then wrap that",
@@ -163,6 +179,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
             "pass LocalLearner(compile=True), which compiles each body and head."
         )
     strategy = type(trainer.strategy).__name__
+    if getattr(trainer.strategy, "serves_local_modules", False):
+        return
     if trainer.world_size > 1 or strategy not in (
         "SingleDeviceStrategy",
         "SingleDeviceXLAStrategy",
@@ -170,63 +188,23 @@ def check_trainer(trainer: pl.Trainer) -> None:
         raise ValueError(
             f"LocalLearner runs backward and step per local module, which {strategy} on "
             f"{trainer.world_size} processes does not expect: pass Trainer(devices=1), without a "
-            "strategy."
+            f"strategy, or {_INSTEAD.format(trainer.world_size)}."
         )
 
 
-def forward_hooks(learner: pl.LightningModule, module: pl.LightningModule) -> None:
+def forward_hooks(learner: LocalLearner, module: pl.LightningModule) -> None:
     """Lets the learner answer with the user's hooks; what the user lacks stays "not overridden"."""
     for hook in HOOKS:
-        if is_overridden(hook, module):
+        if not is_overridden(hook, module):
+            continue
+        if hook in _AFTER_STEPS:
+            setattr(learner, hook, AtLastStage(learner, hook))
+        elif hook == "on_train_batch_start":
+            setattr(learner, hook, BatchStart(learner))
+        else:
             setattr(learner, hook, getattr(module, hook))
 
 
 def call_hook(module: pl.LightningModule, hook: str, *args: Any) -> Any:
     """Calls a hook of the user's module if there is one of its own."""
     return getattr(module, hook)(*args) if is_overridden(hook, module) else None
-
-
-class _Automatic:
-    """The learner, as it looks to a callback that asks how it optimizes."""
-
-    automatic_optimization = True
-
-    def __init__(self, learner: pl.LightningModule) -> None:
-        self._learner = learner
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_learner") or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._learner, name)
-
-
-class SavingByStep:
-    """Lets `ModelCheckpoint` treat each batch as under automatic optimization.
-
-    Under manual optimization it ignores `train_time_interval`, ranks by metrics of the validation
-    before the coming one, and asks for the weights before the step (Lightning issues 20947, 21842).
-    Once a batch counts one step it can do for the learner what it does for the plain module.
-    """
-
-    def __init__(self, learner: pl.LightningModule) -> None:
-        self._callbacks = [
-            callback
-            for callback in learner.trainer.checkpoint_callbacks
-            if isinstance(callback, pl_callbacks.ModelCheckpoint)
-        ]
-        for callback in self._callbacks:
-            callback.__dict__["on_train_batch_end"] = self._as_automatic(callback, learner)
-
-    @staticmethod
-    def _as_automatic(callback: pl.Callback, learner: pl.LightningModule) -> Any:
-        own, module = callback.on_train_batch_end, _Automatic(learner)
-
-        def on_train_batch_end(trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-            own(trainer, module, *args)  # type: ignore[arg-type]  # it stands in for the learner
-
-        return on_train_batch_end
-
-    def close(self) -> None:
-        """Gives the callbacks their own method back."""
-        for callback in self._callbacks:
-            callback.__dict__.pop("on_train_batch_end", None)

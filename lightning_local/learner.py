@@ -6,7 +6,7 @@ Here: arguments, hooks, what the Trainer asks for. The training loop itself is i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,14 +20,16 @@ from lightning_local import arguments, hooks, optim, state
 from lightning_local.build import make_local_modules, parameters_per_module
 from lightning_local.callbacks import callbacks_of, wants_heads, with_ours
 from lightning_local.examples import example_inputs, let_go, outputs_behind
+from lightning_local.guarding import guard_loading, unguard_loading
 from lightning_local.head_accuracy import AfterHeads, HeadAccuracy
 from lightning_local.hooks import call_hook
-from lightning_local.links import InProcessLinks, Links
+from lightning_local.links import InProcessLinks
 from lightning_local.local_module import LocalModule
 from lightning_local.loop import TrainingLoop
 from lightning_local.methods import LocalMethod
 from lightning_local.optim import TrainerFlags
 from lightning_local.partition import Partition, check_names
+from lightning_local.publisher import share_metrics
 from lightning_local.randomness import Streams
 from lightning_local.wrapper import Wrapper
 from lightning_local.wrapping import default_unpack, find_network
@@ -110,7 +112,6 @@ class LocalLearner(Wrapper):
         self.streams = Streams(0, 1)
         self.batches = 0
         self.num_modules = 1 if end_to_end else 0  # 0 until the network is cut
-        self.links: Links = InProcessLinks()
         self.loop: TrainingLoop | None = None
         self.head_accuracy: HeadAccuracy | None = None
         self.flags = TrainerFlags()
@@ -159,10 +160,9 @@ class LocalLearner(Wrapper):
 
     def release(self) -> None:
         """Takes everything the run hung on the Trainer off again, and drops what a step held."""
-        state.unguard_loading(self.trainer.strategy)
+        unguard_loading(self.trainer.strategy)
         let_go(self.trainer)
         self.head_accuracy = None
-        self.links = InProcessLinks()
         if self.loop is not None:
             self.loop.close()
 
@@ -171,7 +171,7 @@ class LocalLearner(Wrapper):
         self.flags.give_back(self.trainer)
         self.resumed = state.Resumed()
         hooks.check_trainer(self.trainer)
-        state.guard_loading(self.trainer.strategy)
+        guard_loading(self.trainer.strategy)
         call_hook(self.module, "setup", stage)
         if not is_overridden("configure_model", self.module):
             self._build(stage)
@@ -194,8 +194,14 @@ class LocalLearner(Wrapper):
         if not self.network_name:
             self._find_network()
         wanted = stage == "fit" or (stage != "predict" and wants_heads(callbacks_of(self.trainer)))
+        wanted |= not (self.links.first and self.links.last)
         if wanted and self.num_modules != 1 and self.cutting is None:
-            self.build(*example_inputs(self))
+            self.build(*self.examples())
+
+    def examples(self) -> tuple[Any, ...]:
+        """Inputs of the network, found where the data are read."""
+        found: tuple[Any, ...] = self.links.from_first(lambda: example_inputs(self))
+        return found
 
     def build(self, *inputs: Any, partition: Partition | None = None) -> None:
         """Cuts the network and makes the heads; the Trainer does it by itself.
@@ -207,7 +213,7 @@ class LocalLearner(Wrapper):
         Raises:
             ValueError: The network can't be cut as asked.
         """
-        seed = torch.initial_seed()
+        seed = self.links.from_first(torch.initial_seed)
         self.cutting, modules = make_local_modules(
             self.network,
             partition or self.partition,
@@ -221,7 +227,8 @@ class LocalLearner(Wrapper):
         self.local_modules = nn.ModuleList(modules)
         self.split_points = self.cutting.split_points
         self.num_modules = len(modules)
-        self.streams = Streams(seed, self.num_modules)
+        # Replicas see other data, and draw other numbers.
+        self.streams = Streams(seed + self.links.replica, self.num_modules)
 
     def configure_optimizers(self) -> Any:
         """One optimizer per local module, with schedulers."""
@@ -272,28 +279,22 @@ class LocalLearner(Wrapper):
         call_hook(self.module, "on_train_epoch_start")
 
     def on_train_epoch_end(self) -> None:
-        """The user's hook, then the epoch's local metrics are logged."""
-        call_hook(self.module, "on_train_epoch_end")
+        """The user's hook, where the steps ran, then the epoch's local metrics are logged."""
+        if self.links.last:
+            call_hook(self.module, "on_train_epoch_end")
         assert self.loop is not None
         self.loop.log_epoch()
+        if not self.links.alone:
+            share_metrics(self.trainer, self.links)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Writes the user's checkpoint with one entry of ours, after a look for NaN losses."""
         if self.loop is not None and self.trainer.state.status != "interrupted":
             self.loop.check_losses()
-        state.save(self, checkpoint)
-        call_hook(self.module, "on_save_checkpoint", checkpoint)
+        if state.save(self, checkpoint):
+            call_hook(self.module, "on_save_checkpoint", checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts back what was moved, before weights are loaded."""
         call_hook(self.module, "on_load_checkpoint", checkpoint)
         state.load(self, checkpoint)
-
-    @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuses, since a checkpoint is one of the user's module.
-
-        Raises:
-            TypeError: Always; says what to call instead.
-        """
-        raise TypeError(state.HOW_TO_LOAD)

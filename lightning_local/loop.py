@@ -11,14 +11,13 @@ For each local module k that lives here, in order (numbers are cited in the code
     7 link      k takes the error of k+1; a module of such a coupling steps one behind
     8 step      k's own optimizer; gradients are released
 
-x_k is computed before k steps, so neither the order of steps nor the place of a module changes any
-number.
+x_k is computed before k steps: neither the order of steps nor a module's place changes numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,17 +26,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_local.compiling import Compiled
 from lightning_local.couplings import Work
 from lightning_local.first_batch import check_graph, first_loss
-from lightning_local.hooks import SavingByStep
 from lightning_local.message import Message
-from lightning_local.meter import Meter, existing
+from lightning_local.meter import existing
 from lightning_local.metrics import LocalMetrics
 from lightning_local.precision import LossScalers, outside_precision
 from lightning_local.publisher import Publisher
 from lightning_local.randomness import set_global_states
+from lightning_local.saving import SavingByStep
 from lightning_local.schedules import Schedules
 from lightning_local.state import Resumed
 from lightning_local.stepping import Stepping
 from lightning_local.substitute import Expected, Substitute
+from lightning_local.watching import Watch
 from lightning_local.wrapping import as_inputs, run_step
 
 if TYPE_CHECKING:
@@ -58,22 +58,20 @@ class TrainingLoop:
         self.trainer = learner.trainer
         self.device = learner.device
         self.num_modules = learner.num_modules
-        self.owned = range(self.num_modules)
+        self.owned = learner.links.owned(self.num_modules)
         self.metrics = LocalMetrics(self.num_modules, self.device)
         self.scalers = LossScalers(self.trainer, self.num_modules)
         self._compiled = Compiled(learner)
         self.coupling = learner.method.coupling
         self.stepping = Stepping(learner, self.scalers, self.owned)
-        # Lightning's connectors set it, out of mypy's sight.
-        self._profiler = self.trainer.profiler  # type: ignore[attr-defined]
-        self._names = [f"local/{k:02d}" for k in range(self.num_modules)]
+        self.watch = Watch(self.trainer, self.num_modules)
         self._modules = learner.modules_in_order()
         self._first = True
         self._random: dict[str, Any] | None = None
         self._dtype = torch.get_default_dtype()
         self._expected: Expected | None = None
         self._result: Any = None
-        self.meter: Meter | None = None
+        self._means: dict[int, Callable[[], None]] = {}
         # Last, since they hang themselves on the Trainer, which only `close` undoes.
         self.schedules = Schedules(learner, learner.configs)
         self._saving = SavingByStep(learner)
@@ -119,28 +117,29 @@ class TrainingLoop:
         """
         with ExitStack() as stack:
             stack.enter_context(self._compiled.running())
-            if self.meter is not None:
-                stack.enter_context(
-                    self.meter.running(existing(self.learner, self.stepping.optimizers, batch))
-                )
+            if (meter := self.watch.meter) is not None:
+                tensors = existing(self.learner, self.stepping.optimizers, batch)
+                stack.enter_context(meter.running(tensors))
             return self._run(batch, batch_idx)
 
     def _run(self, batch: Any, batch_idx: int) -> Any:
         learner = self.learner
         self.stepping.start(batch_idx)
         self._random = None
-        unpacked, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
-        inputs = as_inputs(unpacked)
-        self._expected = Expected.of(inputs)
-        given = inputs[0] if self.num_modules > 1 and learner.method.loss.needs_input else None
-        learner.links.send(0, Message(inputs, target, batch, batch_idx, given))
+        if learner.links.first:
+            unpacked, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
+            inputs = as_inputs(unpacked)
+            self._expected = Expected.of(inputs)
+            given = inputs[0] if self.num_modules > 1 and learner.method.loss.needs_input else None
+            learner.links.hide(inputs)
+            learner.links.send(0, Message(inputs, target, batch, batch_idx, given))
         waiting: tuple[int, Work] | None = None
         for k in self.owned:
             work = self._start(k)
             if waiting is not None:
                 self._finish(*waiting)
                 waiting = None
-            if self.coupling.returns_error and k < self.num_modules - 1:
+            if (self.coupling.returns_error and k < self.num_modules - 1) or self._means:
                 waiting = (k, work)
             else:
                 self._finish(k, work)
@@ -159,12 +158,13 @@ class TrainingLoop:
         coupling, links = self.coupling, self.learner.links
         message = links.receive(k)  # 1
         with (
-            self._profiled(k),
+            self.watch.profiled(k),
             self.learner.streams.using(k, self.device),
             self.scalers.using(k),
         ):
             work, sent, output = self._forward(k, message)  # 2
             if work.loss is None:  # the user's step skips this batch
+                self._average(k)
                 return work
             loss = work.loss.detach()
             with outside_precision(self.device, self._dtype):
@@ -178,6 +178,7 @@ class TrainingLoop:
             self.metrics.update(k, loss, output, message.target, work.penalty)
         if not coupling.returns_error:
             work.hidden = work.input = work.received = None
+            self._average(k)
         return work
 
     def _forward(self, k: int, message: Message) -> tuple[Work, tuple[Any, ...], Any]:
@@ -203,7 +204,8 @@ class TrainingLoop:
                 loss, output = self._users_step(message), None
                 self.stepping.before_backward()
             elif last:
-                assert self._expected is not None
+                if self._expected is None:
+                    self._expected = Expected.of(as_inputs(learner.unpack(message.batch)[0]))
                 network = Substitute(
                     learner.network, lambda: module(*values), self._expected, self._first
                 )
@@ -263,38 +265,36 @@ class TrainingLoop:
         window = self.trainer.accumulate_grad_batches
         self.learner.manual_backward(loss if window == 1 else loss / window, **options)
 
+    def _average(self, k: int) -> None:
+        """Starts to average the gradients over the replicas, after k's last backward."""
+        if not self.stepping.accumulates:
+            wait = self.learner.links.average(k, self.stepping.parameters(k))
+            if wait is not None:
+                self._means[k] = wait
+
     def _finish(self, k: int, work: Work) -> None:
         """Steps 7 and 8."""
-        with outside_precision(self.device, self._dtype), self._metered(k):
-            if self.coupling.returns_error and k < self.num_modules - 1:
-                self.coupling.link(work, self.learner.links.await_error(k))  # 7
+        with outside_precision(self.device, self._dtype), self.watch.metered(k):
+            if self.coupling.returns_error:
+                if k < self.num_modules - 1:
+                    self.coupling.link(work, self.learner.links.await_error(k))  # 7
+                self._average(k)
+            if k in self._means:
+                self._means.pop(k)()
             self.stepping.step(k)  # 8
-
-    def _metered(self, k: int) -> AbstractContextManager[None]:
-        return self.meter.module(k) if self.meter is not None else nullcontext()
-
-    @contextmanager
-    def _profiled(self, k: int) -> Iterator[None]:
-        if self.num_modules == 1:
-            yield
-            return
-        with (
-            self._metered(k),
-            self._profiler.profile(self._names[k]),
-            torch.autograd.profiler.record_function(self._names[k]),
-        ):
-            yield
 
     def _log_window(self) -> None:
         """Logs and checks the window's means when Lightning's loggers are due."""
         if not self.trainer._logger_connector.should_update_logs or self.stepping.accumulates:
             return
         self.check_losses()
-        if self.num_modules > 1 and not self.trainer.barebones:
-            self._publisher.publish(self.metrics.read())
+        self._publish(epoch=False)
 
     def log_epoch(self) -> None:
         """Logs the epoch's means of the local metrics."""
         self.check_losses()
+        self._publish(epoch=True)
+
+    def _publish(self, epoch: bool) -> None:
         if self.num_modules > 1 and not self.trainer.barebones:
-            self._publisher.publish(self.metrics.read(epoch=True))
+            self._publisher.publish(self.learner.links.report(self.metrics.read(epoch)))

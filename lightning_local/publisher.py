@@ -7,7 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-__all__ = ["Publisher"]
+from lightning_local.links import Links
+
+__all__ = ["Publisher", "share_metrics"]
 
 
 class Publisher:
@@ -50,3 +52,10 @@ class Publisher:
         """Gives the connector its own methods back."""
         for name in ("log_metrics", "update_train_step_metrics"):
             self._connector.__dict__.pop(name, None)
+
+
+def share_metrics(trainer: pl.Trainer, links: Links) -> None:
+    """Lets callbacks and schedulers in all processes see what rank 0 has logged."""
+    mine = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
+    shared = links.share(mine)
+    trainer._logger_connector._callback_metrics.update(shared)

@@ -8,8 +8,6 @@ Everything is checked before the first tensor changes.
 from __future__ import annotations
 
 import dataclasses
-import os
-import zipfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +16,14 @@ import torch
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_local.examples import example_inputs
 from lightning_local.randomness import global_states, set_global_states
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["ENTRY", "HOW_TO_LOAD", "Resumed", "guard_loading", "load", "save", "unguard_loading"]
+__all__ = ["ENTRY", "Resumed", "load", "save"]
 
 ENTRY = "lightning_local"
-HOW_TO_LOAD = (
-    "A checkpoint of a LocalLearner is one of the module inside: load it with that class's "
-    "load_from_checkpoint. To go on training or to evaluate, build the LocalLearner again and pass "
-    "ckpt_path=... to trainer.fit, validate, test or predict."
-)
 _VERSION = 1
 _PREFIX = "module."
 _HPARAMS = (
@@ -58,36 +50,18 @@ class Resumed:
     mid_epoch: bool = False
 
 
-def guard_loading(strategy: Any) -> None:
-    """Lets the strategy look whether a file is whole before it reads one; until `unguard`."""
-    read = type(strategy).load_checkpoint.__get__(strategy)
+def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> bool:
+    """Turns the learner's checkpoint into one of the user's module.
 
-    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_file(checkpoint_path)
-        return read(checkpoint_path, *args, **kwargs)
-
-    strategy.load_checkpoint = load_checkpoint
-
-
-def unguard_loading(strategy: Any) -> None:
-    """Gives the strategy its own method back."""
-    strategy.__dict__.pop("load_checkpoint", None)
-
-
-def _check_file(path: Any) -> None:
-    if not os.path.isfile(path):
-        return  # not ours to judge: a folder, another file system, or Lightning's own error
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start == b"" or (start == b"PK" and not zipfile.is_zipfile(path)):
-        raise ValueError(
-            f"The checkpoint {os.fspath(path)!r} is truncated ({os.path.getsize(path):,} bytes): "
-            "copy it again, or resume from an older one."
-        )
-
-
-def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
-    """Turns the learner's checkpoint into one of the user's module."""
+    Returns:
+        Whether this is the process that writes it; the others have given it their parts.
+    """
+    parts = learner.links.gather(_part(learner))
+    if parts is None:
+        return False
+    replicas = [
+        _of_all_stages(learner, [stage[d] for stage in parts]) for d in range(len(parts[0]))
+    ]
     state = checkpoint["state_dict"]
     # The user's module says which keys there are; an average of the weights says with which values.
     own = {k: state.get(_PREFIX + k, v) for k, v in learner.module.state_dict().items()}
@@ -112,13 +86,49 @@ def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
         "num_modules": learner.num_modules,
         "split_points": list(learner.split_points),
         "boundaries": [list(form.shape) for form in boundaries],
-        "streams": learner.streams.save(),
-        "random": global_states(),
+        "streams": replicas[0]["streams"],
+        "random": replicas[0]["random"],
+        # Of further data-parallel replicas.
+        "replicas": [{name: r[name] for name in ("streams", "random")} for r in replicas[1:]],
         "batches": learner.batches,
         # Lightning's counter, by the rule with which it ends an epoch.
         "mid_epoch": not learner.trainer.fit_loop.epoch_loop._num_ready_batches_reached(),
-        "scalers": learner.loop.scalers.save() if learner.loop else [],
+        "scalers": replicas[0]["scalers"],
         "plateau": learner.loop.schedules.save() if learner.loop else {},
+    }
+    if replicas[0]["loader"] is not None:
+        checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = replicas[0]["loader"]
+    return True
+
+
+def _part(learner: LocalLearner) -> dict[str, Any]:
+    """What only this process knows."""
+    owned = learner.links.owned(learner.num_modules)
+    loader = learner.trainer.fit_loop.state_dict()["state_dict"].get("combined_loader")
+    return {
+        "owned": (owned.start, owned.stop),
+        "streams": learner.streams.save(),
+        "scalers": learner.loop.scalers.save() if learner.loop else [],
+        "random": global_states(),
+        "loader": loader,
+    }
+
+
+def _of_all_stages(learner: LocalLearner, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One replica's parts as they were in one process: the first stage reads the data."""
+    owners = [part for part in parts for _ in range(*part["owned"])]
+    assert len(owners) == learner.num_modules or not learner.num_modules
+    streams = {
+        kind: [part["streams"][kind][k] for k, part in enumerate(owners)]
+        for kind in ("cpu", "cuda")
+    }
+    scalers = [part["scalers"][k] for k, part in enumerate(owners) if part["scalers"]]
+    first = parts[0]
+    return {
+        "streams": streams,
+        "scalers": scalers,
+        "random": first["random"],
+        "loader": first["loader"],
     }
 
 
@@ -156,12 +166,18 @@ def load(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
         heads = {}
     if fitting:
         learner.batches = entry["batches"]
-        learner.streams.load(entry["streams"])
+        mine, others = entry, entry.get("replicas", [])
+        if 0 < learner.links.replica <= len(others):
+            mine = others[learner.links.replica - 1]
+        if learner.links.replica <= len(others):
+            learner.streams.load(mine["streams"])
         learner.resumed = Resumed(
-            entry["scalers"], entry["plateau"], entry["random"], entry["mid_epoch"]
+            entry["scalers"], entry["plateau"], mine["random"], entry["mid_epoch"]
         )
         if not entry["mid_epoch"]:
-            _set_before_shuffling(learner, entry["random"])
+            _set_before_shuffling(learner, mine["random"])
+        if not learner.links.first:
+            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
     checkpoint["state_dict"] = {**state, **heads}
 
 
@@ -235,7 +251,7 @@ def _take_split_points(learner: LocalLearner, entry: Mapping[str, Any]) -> None:
         "optimizers belong to them."
     )
     request = dataclasses.replace(learner.partition, num_modules=None, split_points=points)
-    learner.build(*example_inputs(learner), partition=request)
+    learner.build(*learner.examples(), partition=request)
 
 
 def _check_heads(learner: LocalLearner, entry: Mapping[str, Any]) -> None:

@@ -71,12 +71,16 @@ class Stepping:
             self._zero(0)
             self._zeroed = True
 
+    def parameters(self, k: int) -> list[Any]:
+        """What optimizer k steps."""
+        return [p for group in self.optimizers[k].param_groups for p in group["params"]]
+
     def step(self, k: int) -> None:
         """Steps optimizer k unless it accumulates; releases a local module's gradients at once."""
         if self.accumulates:
             return
         optimizer = self.optimizers[k]
-        gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+        gradients = (p.grad for p in self.parameters(k))
         with self._scalers.using(k):
             if self._scalers.scaling and all(gradient is None for gradient in gradients):
                 # Nothing to unscale, which a scaler takes for a mistake; the step counts anyway.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["OTHER_INPUT", "Expected", "Substitute", "in_order"]
+__all__ = ["OTHER_INPUT", "Expected", "Substitute", "in_order", "inputs_of_call", "replaced"]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Substitute:
     Args:
         network: The network whose forward is replaced.
         run: Makes the network's output from what the last local module received.
-        expected: What the step has to pass.
+        expected: What the step has to pass; None is not looked at.
         read_values: Whether values may be read to compare them, which the host has to wait for;
             otherwise `changed` tells, on the device.
 
@@ -61,8 +61,8 @@ class Substitute:
         self,
         network: nn.Module,
         run: Callable[[], Any],
-        expected: Expected,
-        read_values: bool,
+        expected: Expected | None,
+        read_values: bool = False,
     ) -> None:
         self._network = network
         self._run = run
@@ -79,20 +79,13 @@ class Substitute:
         Raises:
             ValueError: The network was not called exactly once.
         """
-        before = self._network.__dict__.get("forward")
         forward = self._network.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return self._call(in_order(forward, args, kwargs))
 
-        self._network.__dict__["forward"] = call
-        try:
+        with replaced(self._network, "forward", call):
             yield
-        finally:
-            if before is None:
-                del self._network.__dict__["forward"]
-            else:
-                self._network.__dict__["forward"] = before
         if self._calls == 0:
             raise ValueError(
                 "training_step did not call the network that is cut (or called parts of it "
@@ -104,7 +97,7 @@ class Substitute:
         self._calls += 1
         if self._calls > 1:
             raise ValueError(
-                "training_step called the network twice for one batch (two views, say); local "
+                "A step called the network twice for one batch (two views, say); local "
                 "modules have seen one input: join the views into one batch in "
                 "on_after_batch_transfer, so that the network is called once."
             )
@@ -115,6 +108,8 @@ class Substitute:
 
     def _is_other(self, given: tuple[Any, ...]) -> bool:
         """Whether this is surely another input; what only values tell goes to `changed`."""
+        if self._expected is None:
+            return False
         if len(given) != len(self._expected.values):
             return True
         for a, b, version in zip(
@@ -158,3 +153,48 @@ def in_order(
     except TypeError:
         return (*args, *kwargs.values())
     return (*bound.args, *bound.kwargs.values())
+
+
+class _Called(BaseException):
+    """Carries what the network was called with out of the user's code."""
+
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def inputs_of_call(network: nn.Module, run: Callable[[], Any]) -> tuple[Any, ...] | None:
+    """What the user's code calls the network with first; it is run up to there.
+
+    Args:
+        network: The network that is cut.
+        run: Runs the user's code.
+
+    Returns:
+        The positional inputs; None if the code ended without a call.
+    """
+    forward = network.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise _Called(in_order(forward, args, kwargs))
+
+    with replaced(network, "forward", call):
+        try:
+            run()
+        except _Called as called:
+            return called.inputs
+    return None
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of the instance has another value inside the block."""
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+
+from lightning_local.links import InProcessLinks, Links
 
 __all__ = ["Wrapper", "of_the_module"]
 
@@ -40,9 +42,11 @@ class Wrapper(pl.LightningModule):
     """
 
     module: pl.LightningModule
+    links: Links
 
     def __init__(self, module: pl.LightningModule) -> None:
         super().__init__()
+        self.links = InProcessLinks()
         self.module = module
         self.prepare_data_per_node = module.prepare_data_per_node
         self.example_input_array = module.example_input_array
@@ -65,6 +69,12 @@ class Wrapper(pl.LightningModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The user's module's forward."""
         return self.module(*args, **kwargs)
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """As Lightning's, where the data are read; elsewhere there is no batch yet."""
+        if not self.links.first:
+            return batch
+        return super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def __getattr__(self, name: str) -> Any:
         """What only the user's module has, for callbacks that read it off the Trainer's module."""
@@ -100,6 +110,19 @@ class Wrapper(pl.LightningModule):
     def hparams_initial(self) -> Any:
         """The user's module's, as they were saved first."""
         return self.module.hparams_initial
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses, since a checkpoint is one of the user's module.
+
+        Raises:
+            TypeError: Always; says what to call instead.
+        """
+        raise TypeError(
+            "A checkpoint of a LocalLearner is one of the module inside: load it with that class's "
+            "load_from_checkpoint. To go on training or to evaluate, build the LocalLearner again "
+            "and pass ckpt_path=... to trainer.fit, validate, test or predict."
+        )
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -1,0 +1,115 @@
+"""Where batches come from on each stage: the first reads the data, the others are fed by it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_local.processes import Processes
+
+__all__ = ["feed"]
+
+
+class _Fed:
+    """In place of a batch that is still on its way."""
+
+    def __repr__(self) -> str:
+        return "a batch that the stage before sends"
+
+
+class _FedLoader:
+    """As many batches as the first stage reads.
+
+    Args:
+        loader: The user's; never iterated here.
+        processes: Tell when there are no more, where the length is not known.
+    """
+
+    def __init__(self, loader: Any, processes: Processes) -> None:
+        self._loader = loader
+        self._processes = processes
+
+    def __len__(self) -> int:
+        """The loader's."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if _is_certain(self._loader):
+            for _ in range(len(self._loader)):
+                yield _Fed()
+            return
+        while self._processes.announce(1):
+            yield _Fed()
+
+
+class _Announcing:
+    """Tells the later stages of every batch, and of the end.
+
+    Args:
+        loader: The user's.
+        processes: Listen.
+    """
+
+    def __init__(self, loader: Any, processes: Processes) -> None:
+        self._loader = loader
+        self._processes = processes
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_loader", "_processes"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        """The loader's."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            self._processes.announce(1)
+            yield batch
+        self._processes.announce(0)
+
+
+class _StatefulAnnouncing(_Announcing):
+    """The same for a loader that can say where it is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's."""
+        state: dict[str, Any] = self._loader.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets the loader go on."""
+        self._loader.load_state_dict(state_dict)
+
+
+def _is_certain(loader: Any) -> bool:
+    """Whether the number of batches is sure before they are read."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    return sized_len(loader) is not None
+
+
+def feed(loader: Any, processes: Processes) -> Any:
+    """What Lightning is to iterate on this stage.
+
+    Args:
+        loader: The user's, with the sampler that Lightning gave it.
+        processes: Who is where.
+    """
+    if processes.stage > 0:
+        return _FedLoader(loader, processes)
+    seeded = int(os.environ.get("PL_SEED_WORKERS", "0"))
+    if seeded and getattr(loader, "worker_init_fn", True) is None:
+        # As Lightning does next, but by the place among the readers: rank 0 reads nothing.
+        loader.worker_init_fn = partial(pl_worker_init_function, rank=processes.replica)
+    if processes.num_stages == 1 or _is_certain(loader):
+        return loader
+    stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    return (_StatefulAnnouncing if stateful else _Announcing)(loader, processes)

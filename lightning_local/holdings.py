@@ -1,0 +1,187 @@
+"""The weights of a network of which each stage trains a part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torchmetrics
+from torch import nn
+from torch.optim import Optimizer
+from torchmetrics.metric import jit_distributed_available
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_local.placement import extra_states, tensors_per_module
+from lightning_local.processes import Processes
+from lightning_local.replicas import Replicas
+from lightning_local.transport import fill, flat_bytes
+
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
+
+__all__ = ["Holdings", "sync_metrics", "unsync_metrics"]
+
+
+class Holdings:
+    """Every process has the whole network; what counts is what its stage holds.
+
+    Args:
+        learner: Whose network, with its heads.
+        processes: Who is where.
+        stages: The local modules of each stage.
+        replicas: Those of this stage; None if there is one.
+    """
+
+    def __init__(
+        self,
+        learner: LocalLearner,
+        processes: Processes,
+        stages: Sequence[range],
+        replicas: Replicas | None,
+    ) -> None:
+        self._learner = learner
+        self._processes = processes
+        self._stages = stages
+        self._replicas = replicas
+
+    def _tensors(self) -> list[list[torch.Tensor]]:
+        # Asked for each time: buffers are other objects once they are on another device.
+        return tensors_per_module(self._learner)
+
+    def to_device(self, device: torch.device) -> None:
+        """Moves what this stage holds or reads; the rest stays where it is."""
+        if device.type == "cpu":
+            return
+        owned = self._stages[self._processes.stage]
+        tensors = self._tensors()
+        needed = {id(t) for k in owned for t in tensors[k]}
+        modules = self._learner.modules_in_order()
+        for k in owned if modules else ():
+            needed |= {id(t) for t in modules[k].body.buffers()}
+        _move(self._learner, needed, device)
+
+    def make_replicas_alike(self, buffers_alone: bool = False) -> None:
+        """Gives this stage's replicas the weights of the first, or its running statistics."""
+        if self._replicas is None:
+            return
+        tensors = self._tensors()
+        for k in self._stages[self._processes.stage]:
+            chosen = [t for t in tensors[k] if not (buffers_alone and isinstance(t, nn.Parameter))]
+            self._replicas.copy_first(chosen)
+
+    def collect(self) -> None:
+        """Brings all stages' weights to rank 0, where they are written from."""
+        processes, tensors = self._processes, self._tensors()
+        extra = self._extra_states()
+        for s, owned in enumerate(self._stages):
+            source = processes.rank_of(s, 0)
+            for k in owned if source else ():
+                if processes.rank == source:
+                    processes.send(flat_bytes(tensors[k]), 0)
+                elif processes.rank == 0:
+                    fill(tensors[k], _received(tensors[k], processes, source))
+        if extra is not None:
+            found = processes.gather(extra)
+            for states in found or ():
+                self._set_extra_states(states)
+
+    def optimizer_state(self, k: int, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of local module k's optimizer on rank 0; nothing elsewhere."""
+        processes = self._processes
+        stage = next(s for s, owned in enumerate(self._stages) if k in owned)
+        mine = optimizer.state_dict() if processes.stage == stage else {}
+        return processes.to_writer(mine, processes.rank_of(stage, 0)) or {}
+
+    def share(self) -> None:
+        """Brings all stages' weights to all processes: each then has the trained network."""
+        processes, tensors = self._processes, self._tensors()
+        for s, owned in enumerate(self._stages):
+            source = processes.rank_of(s, 0)
+            for k in owned:
+                if processes.rank == source:
+                    data = flat_bytes(tensors[k])
+                else:
+                    data = torch.empty(_size(tensors[k]), dtype=torch.uint8)
+                processes.spread(data, source)
+                if s != processes.stage:
+                    fill(tensors[k], data)
+        extra = self._extra_states()
+        if extra is not None:
+            for s in range(len(self._stages)):
+                self._set_extra_states(processes.broadcast(extra, processes.rank_of(s, 0)))
+
+    def _extra_states(self) -> dict[str, Any] | None:
+        """Those of this stage; None if the whole network has none."""
+        found = extra_states(self._learner)
+        if not any(found):
+            return None
+        owned = self._stages[self._processes.stage]
+        return {name: module.get_extra_state() for k in owned for name, module in found[k]}
+
+    def _set_extra_states(self, states: dict[str, Any]) -> None:
+        for name, state in states.items():
+            self._learner.get_submodule(name).set_extra_state(state)
+
+
+def _size(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _received(tensors: Sequence[torch.Tensor], processes: Processes, source: int) -> torch.Tensor:
+    data = torch.empty(_size(tensors), dtype=torch.uint8)
+    processes.receive(data, source)
+    return data
+
+
+def _move(module: nn.Module, needed: set[int], device: torch.device) -> None:
+    """`module.to(device)` for those of its tensors that are needed."""
+    tensors = [*module.parameters(), *module.buffers()]
+    inside = [id(t) in needed for t in tensors]
+    if all(inside):  # also without tensors: metrics keep theirs elsewhere
+        module.to(device)
+        return
+    if not any(inside):
+        return
+    for parameter in module.parameters(recurse=False):
+        if id(parameter) in needed:
+            parameter.data = parameter.data.to(device)
+    for name, buffer in module.named_buffers(recurse=False):
+        if id(buffer) in needed:
+            module._buffers[name] = buffer.to(device)
+    for child in module.children():
+        _move(child, needed, device)
+
+
+# torchmetrics asks all processes as soon as there is a process group, and only the last stage's
+# replicas have the same metrics. A module's function rather than a group in each metric, since
+# metrics are copied.
+_data_group: Any = None
+
+
+def _over_replicas(tensor: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
+    return gather_all_tensors(tensor, group=_data_group)
+
+
+def _replicated() -> bool:
+    return _data_group is not None
+
+
+def sync_metrics(learner: nn.Module, processes: Processes) -> None:
+    """Lets metrics of the user's module be computed over the replicas of a stage."""
+    global _data_group
+    _data_group = processes.data_group if processes.num_replicas > 1 else None
+    for module in learner.modules():
+        if isinstance(module, torchmetrics.Metric):
+            module.dist_sync_fn = _over_replicas
+            module.distributed_available_fn = _replicated
+
+
+def unsync_metrics(learner: nn.Module) -> None:
+    """Metrics are again as torchmetrics makes them."""
+    global _data_group
+    _data_group = None
+    for module in learner.modules():
+        if isinstance(module, torchmetrics.Metric) and module.dist_sync_fn is _over_replicas:
+            module.dist_sync_fn = None
+            module.distributed_available_fn = jit_distributed_available

@@ -1,0 +1,97 @@
+"""What keeps stages in step without waiting: metrics, clocks and signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Timer
+
+from lightning_local.links import Links
+from lightning_local.processes import Processes
+from lightning_local.publisher import share_metrics
+
+__all__ = ["InStep"]
+
+
+class InStep(pl.Callback):
+    """The first callback of a run on several processes.
+
+    Validation metrics exist on the last stage, and callbacks and schedulers decide by them on all.
+    Clocks differ: the first stage's counts, and it does not wait for the others to hear of it. A
+    signal ends all stages after the same batch, so that what is saved then is whole.
+
+    Args:
+        links: Of this process.
+        processes: Who is where.
+    """
+
+    def __init__(self, links: Links, processes: Processes) -> None:
+        self._links = links
+        self._processes = processes
+        self._timers: list[Timer] = []
+        self.deciding = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Shares what the last stage has logged."""
+        share_metrics(trainer, self._links)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Shares what the last stage has logged."""
+        share_metrics(trainer, self._links)
+
+    @contextmanager
+    def _decided_first(self) -> Iterator[None]:
+        self.deciding = True
+        try:
+            yield
+        finally:
+            self.deciding = False
+
+    def attach(self, trainer: pl.Trainer) -> None:
+        """Takes its place, until `detach`."""
+        # Lightning's connectors set them, out of mypy's sight.
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(0, self)
+        self._timers = [callback for callback in callbacks if isinstance(callback, Timer)]
+        for timer in self._timers:
+            timer.__dict__["_check_time_remaining"] = self._first_clock(timer)
+        # Lightning would let all processes wait for rank 0 before each batch.
+        trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = lambda: None
+        trainer._signal_connector.__dict__["_sigterm_notifier_fn"] = self._on_sigterm(trainer)
+
+    def _first_clock(self, timer: Timer) -> Callable[[pl.Trainer], None]:
+        own = timer._check_time_remaining
+
+        def check(trainer: pl.Trainer) -> None:
+            with self._decided_first():
+                own(trainer)
+
+        return check
+
+    def _on_sigterm(self, trainer: pl.Trainer) -> Callable[[int, FrameType | None], Any]:
+        processes, asked = self._processes, False
+
+        def notify(signum: int, frame: FrameType | None) -> None:
+            nonlocal asked
+            if asked:
+                return
+            asked = True
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signum)
+            processes.alarm.ask_to_stop(processes.rank_of(0, processes.replica))
+
+        return notify
+
+    def detach(self, trainer: pl.Trainer) -> None:
+        """Leaves everything as it was."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self in callbacks:
+            callbacks.remove(self)
+        for timer in self._timers:
+            timer.__dict__.pop("_check_time_remaining", None)
+        trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+        trainer._signal_connector.__dict__.pop("_sigterm_notifier_fn", None)

@@ -1,0 +1,167 @@
+"""Which stage each local module lives on, and which tensors belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
+
+__all__ = ["blocks", "check_placement", "costs", "extra_states", "stages_of", "tensors_per_module"]
+
+
+def check_placement(placement: Any) -> tuple[int, ...] | None:
+    """A list of stages as it was given.
+
+    Raises:
+        TypeError: It is no list of whole numbers.
+        ValueError: Stages are left out, or come in another order.
+    """
+    if placement is None:
+        return None
+    if not isinstance(placement, (list, tuple)) or not all(type(s) is int for s in placement):
+        raise TypeError(
+            f"LocalParallelStrategy(placement={placement!r}): expected a list with the stage of "
+            "each local module, such as [0, 0, 1], or None for blocks of equal cost."
+        )
+    steps = [b - a for a, b in zip(placement, placement[1:], strict=False)]
+    if not placement or placement[0] != 0 or any(step not in (0, 1) for step in steps):
+        raise ValueError(
+            f"LocalParallelStrategy(placement={list(placement)}): the stages of the local modules "
+            "have to be 0, 1, 2, ... in order, each with one or more neighbouring local modules, "
+            "such as [0, 0, 1]."
+        )
+    return tuple(placement)
+
+
+def blocks(costs: Sequence[float], num_stages: int) -> list[range]:
+    """Contiguous blocks, one or more per stage, whose largest cost is as small as it can be.
+
+    Of several such divisions the one that evens out the squares of the costs is taken.
+    """
+    n = len(costs)
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[s][i]: (largest cost, squares, start of the last block) for the first i in s blocks.
+    best: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]
+    for s in range(1, num_stages + 1):
+        row = {}
+        for i in range(s, n - (num_stages - s) + 1):
+            choices = []
+            for j, (largest, squares, _) in best[-1].items():
+                if j < i:
+                    block = sums[i] - sums[j]
+                    choices.append((max(largest, block), squares + block * block, j))
+            row[i] = min(choices)
+        best.append(row)
+    found, stop = [], n
+    for s in range(num_stages, 0, -1):
+        start = best[s][stop][2]
+        found.append(range(start, stop))
+        stop = start
+    return found[::-1]
+
+
+def costs(learner: LocalLearner) -> list[float]:
+    """FLOPs of a training step of each local module, per sample; 1 each where nothing counts."""
+    modules = learner.modules_in_order()
+    found = []
+    for k, module in enumerate(modules):
+        body, head = module.body_flops, module.head_flops
+        units = max(1, len(module.body.units))
+        backward = learner.method.coupling.backward_flops(body, head, units=units, first=k == 0)
+        found.append(body + head + backward)
+    return found if any(found) else [1.0] * len(found)
+
+
+def stages_of(
+    learner: LocalLearner, placement: Sequence[int] | None, num_stages: int
+) -> list[range]:
+    """The local modules of each stage.
+
+    Raises:
+        ValueError: There are fewer local modules than stages, or the placement is for others.
+    """
+    count = learner.num_modules
+    if count < num_stages:
+        raise ValueError(
+            f"{num_stages} stages for {count} local module{'s' * (count != 1)}: pass "
+            f"LocalParallelStrategy(num_stages={count}), cut the network into more local modules "
+            "with LocalLearner(partition=...), or use the other devices for replicas with "
+            "data_parallel=..."
+        )
+    if placement is None:
+        return [range(count)] if count == 1 else blocks(costs(learner), num_stages)
+    if len(placement) != count or placement[-1] != num_stages - 1:
+        raise ValueError(
+            f"LocalParallelStrategy(placement={list(placement)}) places {len(placement)} local "
+            f"modules on {placement[-1] + 1} stages, and there are {count} local modules and "
+            f"{num_stages} stages: give one stage per local module, from 0 to {num_stages - 1}."
+        )
+    stages = []
+    for s in range(num_stages):
+        members = [k for k, stage in enumerate(placement) if stage == s]
+        stages.append(range(members[0], members[-1] + 1))
+    return stages
+
+
+def tensors_per_module(learner: LocalLearner) -> list[list[torch.Tensor]]:
+    """Parameters and buffers of each local module, in the same order in every process.
+
+    What belongs to none, such as a loss with weights, belongs to the last.
+    """
+    owner = _owner_of_tensors(learner)
+    found: list[list[torch.Tensor]] = [[] for _ in range(learner.num_modules)]
+    for _, tensor in [*learner.named_parameters(), *learner.named_buffers()]:
+        found[owner.get(id(tensor), learner.num_modules - 1)].append(tensor)
+    return found
+
+
+def _owner_of_tensors(learner: LocalLearner) -> dict[int, int]:
+    owner: dict[int, int] = {}
+    for k, module in enumerate(learner.modules_in_order()):
+        # A body lists what it uses of the network; a local module's own tensors are its head's.
+        for holder in (module.body, module):
+            for tensor in (*holder.parameters(), *holder.buffers()):
+                owner.setdefault(id(tensor), k)
+    return owner
+
+
+def extra_states(learner: LocalLearner) -> list[list[tuple[str, nn.Module]]]:
+    """Modules with a state beside their tensors (`get_extra_state`), by local module and name."""
+    owner: dict[int, int] = {}
+    for k, module in enumerate(learner.modules_in_order()):
+        for layer in (*module.body.layers(), *module.modules()):
+            owner.setdefault(id(layer), k)
+    found: list[list[tuple[str, nn.Module]]] = [[] for _ in range(learner.num_modules)]
+    for name, module in learner.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            found[owner.get(id(module), learner.num_modules - 1)].append((name, module))
+    return found
+
+
+def check_shared(learner: LocalLearner, stages: Sequence[range]) -> None:
+    """Refuses a layer with running statistics that two stages would update.
+
+    Raises:
+        ValueError: Names the layer.
+    """
+    names = {id(module): name for name, module in learner.network.named_modules()}
+    seen: dict[int, int] = {}
+    for s, owned in enumerate(stages):
+        for k in owned:
+            for layer in learner.modules_in_order()[k].body.layers():
+                if not isinstance(layer, _NormBase) or not layer.track_running_stats:
+                    continue
+                if seen.setdefault(id(layer), s) != s:
+                    raise ValueError(
+                        f"`{names[id(layer)]}` is used by local module {k} on stage {s} and by one "
+                        f"on stage {seen[id(layer)]}, so its running statistics would part: give "
+                        "each place a layer of its own, or place both on one stage."
+                    )
