@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -21,7 +21,10 @@ from lightning_local.partition import Cutting, Partition, cut_network
 from lightning_local.place import Place, Unit
 from lightning_local.randomness import seed_for
 
-__all__ = ["make_local_modules", "parameters_per_module"]
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
+
+__all__ = ["make_local_modules", "parameters_per_module", "step_flops"]
 
 
 def make_local_modules(
@@ -103,6 +106,17 @@ def make_local_modules(
     modules.append(LocalModule(cutting.bodies[-1], None, None))
     _dry_run(network, modules, inputs)
     return cutting, modules
+
+
+def step_flops(learner: LocalLearner) -> list[float]:
+    """FLOPs of a training step of each local module, per sample; backwards by formula."""
+    flops = []
+    for k, module in enumerate(learner.modules_in_order()):
+        body, head = module.body_flops, module.head_flops
+        units = max(1, len(module.body.units))
+        backward = learner.method.coupling.backward_flops(body, head, units=units, first=k == 0)
+        flops.append(body + head + backward)
+    return flops
 
 
 def parameters_per_module(

@@ -143,7 +143,8 @@ class LocalSummary(pl.Callback):
                     f"local/{k:02d}/{stage}_accuracy": value.float()
                     for k, value in enumerate(values)
                     if modules[k].predicts
-                }
+                },
+                sync_dist=not learner.links.alone,
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,9 +74,10 @@ class DistributedLinks(InProcessLinks):
         wire, name, check, timeout = self._wire(stage, stage)
         return Inbox(wire, ahead, name, check, timeout)
 
-    def place(self, owned: range) -> None:
-        """Sets the local modules of this process."""
-        self._owned = owned
+    def place(self, stages: Sequence[range]) -> None:
+        """Sets the local modules of each stage."""
+        self.stages = stages
+        self._owned = stages[self._processes.stage]
 
     def owned(self, num_modules: int) -> range:
         """The local modules of this process."""

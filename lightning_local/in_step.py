@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -33,6 +34,7 @@ class InStep(pl.Callback):
         self._links = links
         self._processes = processes
         self._timers: list[Timer] = []
+        self._filters: list[Any] = []
         self.deciding = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -59,6 +61,10 @@ class InStep(pl.Callback):
         self._timers = [callback for callback in callbacks if isinstance(callback, Timer)]
         for timer in self._timers:
             timer.__dict__["_check_time_remaining"] = self._first_clock(timer)
+        if self._processes.num_replicas == 1:
+            # What one process logs, no other one has: there is nothing to accumulate.
+            warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
+            self._filters = list(warnings.filters[:1])
         # Lightning would let all processes wait for rank 0 before each batch.
         trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = lambda: None
         trainer._signal_connector.__dict__["_sigterm_notifier_fn"] = self._on_sigterm(trainer)
@@ -91,6 +97,10 @@ class InStep(pl.Callback):
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self in callbacks:
             callbacks.remove(self)
+        for each in self._filters:
+            if each in warnings.filters:
+                # A list, though typed as a Sequence; Python has no call to take one out.
+                list.remove(warnings.filters, each)  # type: ignore[arg-type]
         for timer in self._timers:
             timer.__dict__.pop("_check_time_remaining", None)
         trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)

@@ -6,7 +6,7 @@ The training loop sees `Links` only and never asks which kind it has.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Links(ABC):
         first: This process has local module 0, and reads the data.
         last: It has the last local module, whose loss is the user's.
         replica: Which of the processes with the same local modules, but other data, this is.
+        stages: The local modules of each stage; empty for one process.
         skipped: The first stage skips this batch and the rest of the epoch.
     """
 
@@ -31,6 +32,7 @@ class Links(ABC):
     first: bool = True
     last: bool = True
     replica: int = 0
+    stages: Sequence[range] = ()
     skipped: bool = False
 
     @abstractmethod

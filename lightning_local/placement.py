@@ -9,10 +9,19 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_local.build import step_flops
+
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["blocks", "check_placement", "costs", "extra_states", "stages_of", "tensors_per_module"]
+__all__ = [
+    "blocks",
+    "check_placement",
+    "check_shared",
+    "extra_states",
+    "stages_of",
+    "tensors_per_module",
+]
 
 
 def check_placement(placement: Any) -> tuple[int, ...] | None:
@@ -68,18 +77,6 @@ def blocks(costs: Sequence[float], num_stages: int) -> list[range]:
     return found[::-1]
 
 
-def costs(learner: LocalLearner) -> list[float]:
-    """FLOPs of a training step of each local module, per sample; 1 each where nothing counts."""
-    modules = learner.modules_in_order()
-    found = []
-    for k, module in enumerate(modules):
-        body, head = module.body_flops, module.head_flops
-        units = max(1, len(module.body.units))
-        backward = learner.method.coupling.backward_flops(body, head, units=units, first=k == 0)
-        found.append(body + head + backward)
-    return found if any(found) else [1.0] * len(found)
-
-
 def stages_of(
     learner: LocalLearner, placement: Sequence[int] | None, num_stages: int
 ) -> list[range]:
@@ -97,7 +94,8 @@ def stages_of(
             "data_parallel=..."
         )
     if placement is None:
-        return [range(count)] if count == 1 else blocks(costs(learner), num_stages)
+        costs = step_flops(learner)
+        return blocks(costs if any(costs) else [1.0] * count, num_stages)
     if len(placement) != count or placement[-1] != num_stages - 1:
         raise ValueError(
             f"LocalParallelStrategy(placement={list(placement)}) places {len(placement)} local "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_utilities.core.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from lightning_local.learner import LocalLearner
 
 __all__ = ["Schedules"]
 
@@ -24,7 +26,7 @@ class Schedules:
         configs: Complete configs, with the keys that Lightning drops under manual optimization.
     """
 
-    def __init__(self, learner: pl.LightningModule, configs: Sequence[LRSchedulerConfig]) -> None:
+    def __init__(self, learner: LocalLearner, configs: Sequence[LRSchedulerConfig]) -> None:
         self._learner = learner
         self._configs = list(configs)
         self._epoch_waits = False
@@ -54,11 +56,14 @@ class Schedules:
 
     def _step(self, configs: Sequence[LRSchedulerConfig]) -> None:
         trainer = self._learner.trainer
+        monitors = sorted({str(config.monitor) for config in configs if config.reduce_on_plateau})
+        metrics: dict[str, Any] = {name: trainer.callback_metrics.get(name) for name in monitors}
+        if metrics:  # replicas have logged other values, and must not part
+            metrics = self._learner.links.share(metrics)
         for config in configs:
             metric = None
             if config.reduce_on_plateau:
-                assert config.monitor is not None
-                metric = trainer.callback_metrics.get(config.monitor)
+                metric = metrics[str(config.monitor)]
                 if metric is None:
                     message = (
                         f"ReduceLROnPlateau waits for the metric {config.monitor!r}, which was not "

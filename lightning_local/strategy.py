@@ -6,6 +6,7 @@ is common to all processes, so nobody waits but for the messages of the method.
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from datetime import timedelta
@@ -142,9 +143,10 @@ class LocalParallelStrategy(GatheringStrategy):
         learner, processes = self._learner, self._processes
         limits.check_run(learner, processes.num_stages)
         stages = stages_of(learner, self._placement, processes.num_stages)
-        check_shared(learner, stages)
+        if processes.num_stages > 1:
+            check_shared(learner, stages)
         owned = stages[processes.stage]
-        self._links.place(owned)
+        self._links.place(stages)
         self._holdings = Holdings(learner, processes, stages, self._links.replicas)
         if self._layer_sync is not None and self._data_parallel > 1:
             # A function of torch's without types.
@@ -153,7 +155,6 @@ class LocalParallelStrategy(GatheringStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         self._holdings.make_replicas_alike()
-        sync_metrics(learner, processes)
         fitting = trainer.state.fn == "fit"
         if fitting:
             self.setup_optimizers(trainer)
@@ -176,6 +177,8 @@ class LocalParallelStrategy(GatheringStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Tells the other processes, which would wait for this one."""
         processes = self._processes
+        if processes is None and self._launcher is not None:
+            self._launcher.kill(signal.SIGTERM)  # there is no other way to reach them yet
         if processes is None or processes.size == 1 or not self._is_broken():
             return
         where = processes.describe(processes.stage, processes.replica)
@@ -209,6 +212,7 @@ class LocalParallelStrategy(GatheringStrategy):
             self._in_step.detach(learner.trainer)
         if learner is not None:
             unsync_metrics(learner)
+            learner._device_mesh = None
             learner.links = InProcessLinks() if whole or processes is None else BrokenLinks()
         if self._layer_sync is not None and self._data_parallel > 1 and self.model is not None:
             self.model = self._layer_sync.revert(self.model)
@@ -262,10 +266,23 @@ class LocalParallelStrategy(GatheringStrategy):
     def _one_stage(self) -> bool:
         return self._processes is None or self._processes.num_stages == 1
 
+    def on_train_start(self) -> None:
+        """Metrics that hooks have made are computed as the others."""
+        self._sync_metrics()
+
     def on_validation_start(self) -> None:
         """Replicas validate with the same running statistics."""
+        self._sync_metrics()
         if self._holdings is not None:
             self._holdings.make_replicas_alike(buffers_alone=True)
+
+    def on_test_start(self) -> None:
+        """As for validation."""
+        self.on_validation_start()
+
+    def _sync_metrics(self) -> None:
+        if self._processes is not None:
+            sync_metrics(self._learner, self._processes)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
+from lightning_local.build import step_flops
+
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
@@ -23,17 +25,11 @@ def flops_of_a_step(learner: LocalLearner) -> tuple[float, float]:
     Forwards are counted, backwards by formula (`Coupling.backward_flops`).
     """
     modules = learner.modules_in_order()
-    local = 0.0
-    for k, module in enumerate(modules):
-        body, head = module.body_flops, module.head_flops
-        units = max(1, len(module.body.units))
-        local += body + head
-        local += learner.method.coupling.backward_flops(body, head, units=units, first=k == 0)
-    return 3.0 * sum(module.body_flops for module in modules), local
+    return 3.0 * sum(module.body_flops for module in modules), sum(step_flops(learner))
 
 
 def print_summary(learner: LocalLearner) -> None:
-    """The local modules: where they are cut, what they hold, what a forward costs."""
+    """The local modules: where they are, where they are cut, what they hold, what they cost."""
     cutting, modules = learner.cutting, learner.modules_in_order()
     bodies, heads = learner.parameters_per_module()
     sizes = [[sum(p.numel() for p in each) for each in group] for group in (bodies, heads)]
@@ -65,6 +61,15 @@ def print_summary(learner: LocalLearner) -> None:
             "FLOPs: forward, per sample. A training step takes about "
             f"{_short(local)} per sample, {local / plain:.2f} times end-to-end backpropagation "
             "(backward by formula)."
+        )
+    if len(learner.links.stages) > 1:
+        shares = [sum(step_flops(learner)[k] for k in owned) for owned in learner.links.stages]
+        _say(
+            "\n".join(
+                f"Stage {s}: local modules {owned[0]:02d} to {owned[-1]:02d}, "
+                f"{share / max(sum(shares), 1.0):.0%} of a training step's FLOPs"
+                for s, (owned, share) in enumerate(zip(learner.links.stages, shares, strict=True))
+            )
         )
 
 
