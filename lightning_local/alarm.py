@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import sys
 import threading
@@ -45,6 +47,7 @@ class Alarm:
         self._told = False
         self._thread = threading.Thread(target=self._listen, name="alarm", daemon=True)
         if size > 1:
+            ending.register()
             self._thread.start()
 
     def _listen(self) -> None:
@@ -124,8 +127,37 @@ class Alarm:
             self._thread.join(5.0)
 
 
+class _Ending:
+    """Ends the interpreter of a run that failed without waiting for threads that can't end.
+
+    They are blocked in the communication library, which aborts a process that leaves otherwise.
+    What the user has registered since the start of the run is called before.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._registered = False
+
+    def register(self) -> None:
+        """At the start of a run."""
+        if not self._registered:
+            self._registered = True
+            atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        if self.failed:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+ending = _Ending()
+
+
 def _end_soon(text: str | None) -> None:
     """Ends this process if it is still there after a while: it may be blocked for good."""
+    ending.failed = True
 
     def end() -> None:
         time.sleep(_GRACE)

@@ -27,6 +27,10 @@ __all__ = [
 ]
 
 
+# Bytes of tensors that are not worth a transfer of their own.
+_SMALL = 1 << 11
+
+
 class Unread(torch.Tensor):
     """Stands for the network's input where only its form is known; reading it is an error."""
 
@@ -72,6 +76,7 @@ class Form:
         dtype: Type.
         kind: Tensor subclass to make of it, and its attributes; None for a plain tensor.
         host: It stays in the host's memory.
+        data: Its bytes, where they are few and in the host's memory; sent with the header.
     """
 
     shape: tuple[int, ...]
@@ -79,6 +84,7 @@ class Form:
     dtype: torch.dtype
     kind: tuple[Any, dict[str, Any]] | None
     host: bool
+    data: bytes | None = None
 
 
 @dataclass
@@ -87,7 +93,7 @@ class Packed:
 
     Attributes:
         header: The object, with numbers for tensors, and the tensors' forms.
-        tensors: Dense and detached, in the header's order.
+        tensors: Dense and detached, in the header's order, but those that it contains.
     """
 
     header: bytes
@@ -122,11 +128,14 @@ class _Pickler(pickle.Pickler):
             plain = plain.as_subclass(torch.Tensor)
         if torch.empty_like(plain, device="meta").stride() != plain.stride():
             plain = plain.contiguous()  # overlapping, or with gaps
-        number = self._numbers[id(obj)] = len(self.tensors)
+        number = self._numbers[id(obj)] = len(self.forms)
         self._alive.append(obj)
-        self.tensors.append(plain)
-        host = plain.device.type == "cpu"
-        self.forms.append(Form(tuple(plain.shape), plain.stride(), plain.dtype, kind, host))
+        host, data = plain.device.type == "cpu", None
+        if host and plain.numel() * plain.element_size() <= _SMALL:
+            data = as_bytes(plain).numpy().tobytes()
+        else:
+            self.tensors.append(plain)
+        self.forms.append(Form(tuple(plain.shape), plain.stride(), plain.dtype, kind, host, data))
         return "tensor", number
 
 

@@ -118,7 +118,9 @@ class Wire:
             here = torch.device("cpu") if form.host else self._device
             direct = self._direct if here.type == "cuda" else None
             tensor, data = from_bytes(form, here if direct is not None else torch.device("cpu"))
-            if data.numel():
+            if form.data:
+                data.copy_(torch.frombuffer(bytearray(form.data), dtype=torch.uint8))
+            elif data.numel():
                 group = direct if direct is not None else self._group
                 dist.recv(data, self._peer, group=group)
             tensors.append(restored(tensor.to(here, non_blocking=True), form))
