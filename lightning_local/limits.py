@@ -53,8 +53,8 @@ def check_run(learner: LocalLearner, num_stages: int) -> None:
         return
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         raise ValueError(
-            f"Trainer(val_check_interval={trainer.val_check_interval!r}) lets each stage's own "
-            "clock decide when to validate: give a number of batches or a fraction of the epoch."
+            "Trainer(val_check_interval=...) as a time lets each stage's own clock decide when to "
+            "validate: give a number of batches or a fraction of the epoch."
         )
 
 

@@ -106,7 +106,14 @@ class LocalParallelStrategy(GatheringStrategy):
         )
         name = type(self).__name__
         self._in_flight = count(name, "in_flight", in_flight, 1, "a number of batches")
-        self._send_input = bool(send_input)
+        if not isinstance(send_input, bool):
+            raise TypeError(f"{name}(send_input={send_input!r}): expected True or False.")
+        if process_group_backend not in (None, "gloo", "nccl"):
+            raise ValueError(
+                f"{name}(process_group_backend={process_group_backend!r}): expected 'nccl' (CUDA "
+                "devices), 'gloo' (also through the host's memory), or None for the device's own."
+            )
+        self._send_input = send_input
         self._backend = process_group_backend
 
     # From the start of a run to its end.

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -66,8 +67,11 @@ class Place(ClusterEnvironment):
         return 0
 
 
-def _run(rank, size, folder, function, args):
+def _run(rank, size, folder, filters, function, args):
     os.setpgid(0, 0)
+    # What is an error in pytest is one here.
+    warnings.resetwarnings()
+    warnings.filters[:] = filters
     # Output goes to a file: the tests look at it only when something fails.
     log = os.open(f"{folder}/log{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
@@ -111,8 +115,9 @@ def launch(size, function, *args, during=None, seconds=SECONDS):
     context.set_forkserver_preload(["lightning_local", "simple"])
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
+        filters = list(warnings.filters)
         started = [
-            context.Process(target=_run, args=(rank, size, folder, function, args))
+            context.Process(target=_run, args=(rank, size, folder, filters, function, args))
             for rank in range(size)
         ]
         for process in started:
@@ -153,3 +158,41 @@ def trainer(rank, size, quiet, *, num_stages="auto", data_parallel=1, strategy=N
         num_stages, data_parallel, cluster_environment=Place(rank, size), **strategy
     )
     return L.Trainer(**{**quiet, "devices": size, "strategy": parallel, **options})
+
+
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def single(**options):
+    """A Trainer for one process, which takes what `trainer` takes."""
+    for name in ("num_stages", "data_parallel", "strategy"):
+        options.pop(name, None)
+    return L.Trainer(**{**QUIET, **options})
+
+
+def differences(a, b, where=""):
+    """Where two nests of dicts, lists and tensors differ, in words."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [f"{where}: {_short(a)}, not {_short(b)}"]
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [f"{where}: without {key!r}" for key in a if key not in b]
+        found += [f"{where}: also {key!r}" for key in b if key not in a]
+        return found + [t for k in a if k in b for t in differences(a[k], b[k], f"{where}/{k}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [t for i, (x, y) in pairs for t in differences(x, y, f"{where}/{i}")]
+    return [] if type(a) is type(b) and a == b else [f"{where}: {_short(a)}, not {_short(b)}"]
+
+
+def _short(value):
+    if isinstance(value, torch.Tensor):
+        value = value.flatten()[:3].tolist()
+    return repr(value)[:60]
