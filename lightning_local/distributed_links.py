@@ -9,7 +9,7 @@ import torch
 
 from lightning_local.channels import Inbox, Outbox
 from lightning_local.links import InProcessLinks
-from lightning_local.message import Message
+from lightning_local.message import Fed, Message
 from lightning_local.processes import Processes
 from lightning_local.replicas import Replicas
 from lightning_local.wire import Wire
@@ -115,7 +115,7 @@ class DistributedLinks(InProcessLinks):
         (self.stop, batch_idx, parts), batch = self._from_previous.get()
         self.skipped = parts is None
         if parts is None:
-            return batch
+            return Fed()
         values, target, given, gradient = parts
         message = Message(values, target, batch, batch_idx, given, gradient)
         super().send(self._owned[0], message)

@@ -11,16 +11,10 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_local.message import Fed
 from lightning_local.processes import Processes
 
 __all__ = ["feed"]
-
-
-class _Fed:
-    """In place of a batch that is still on its way."""
-
-    def __repr__(self) -> str:
-        return "a batch that the stage before sends"
 
 
 class _FedLoader:
@@ -42,10 +36,21 @@ class _FedLoader:
     def __iter__(self) -> Iterator[Any]:
         if _is_certain(self._loader):
             for _ in range(len(self._loader)):
-                yield _Fed()
+                yield Fed()
             return
         while self._processes.announce(1):
-            yield _Fed()
+            yield Fed()
+
+
+class _StatefulFedLoader(_FedLoader):
+    """The same for a loader that can say where it is, on the first stage."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the first stage's counts."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to go on with."""
 
 
 class _Announcing:
@@ -70,7 +75,11 @@ class _Announcing:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
+        # Now, not with the first batch: a loader's iterator draws random numbers when it is made.
+        return self._announced(iter(self._loader))
+
+    def _announced(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
             self._processes.announce(1)
             yield batch
         self._processes.announce(0)
@@ -103,13 +112,13 @@ def feed(loader: Any, processes: Processes) -> Any:
         loader: The user's, with the sampler that Lightning gave it.
         processes: Who is where.
     """
+    stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     if processes.stage > 0:
-        return _FedLoader(loader, processes)
+        return (_StatefulFedLoader if stateful else _FedLoader)(loader, processes)
     seeded = int(os.environ.get("PL_SEED_WORKERS", "0"))
     if seeded and getattr(loader, "worker_init_fn", True) is None:
         # As Lightning does next, but by the place among the readers: rank 0 reads nothing.
         loader.worker_init_fn = partial(pl_worker_init_function, rank=processes.replica)
     if processes.num_stages == 1 or _is_certain(loader):
         return loader
-    stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     return (_StatefulAnnouncing if stateful else _Announcing)(loader, processes)

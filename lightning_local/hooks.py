@@ -166,8 +166,11 @@ def check_module(module: Any) -> None:
         )
 
 
-def check_trainer(trainer: pl.Trainer) -> None:
+def check_trainer(trainer: pl.Trainer) -> bool:
     """Refuses strategies under which the updates would be wrong or part ways.
+
+    Returns:
+        Whether the strategy links local modules by itself.
 
     Raises:
         ValueError: More than one process, a strategy that owns the optimizer, or a compiled
@@ -180,7 +183,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
         )
     strategy = type(trainer.strategy).__name__
     if getattr(trainer.strategy, "serves_local_modules", False):
-        return
+        return True
     if trainer.world_size > 1 or strategy not in (
         "SingleDeviceStrategy",
         "SingleDeviceXLAStrategy",
@@ -190,6 +193,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"{trainer.world_size} processes does not expect: pass Trainer(devices=1), without a "
             f"strategy, or {_INSTEAD.format(trainer.world_size)}."
         )
+    return False
 
 
 def forward_hooks(learner: LocalLearner, module: pl.LightningModule) -> None:

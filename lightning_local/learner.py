@@ -170,7 +170,8 @@ class LocalLearner(Wrapper):
         """Cuts the network and makes the heads, before weights and optimizers are restored."""
         self.flags.give_back(self.trainer)
         self.resumed = state.Resumed()
-        hooks.check_trainer(self.trainer)
+        if not hooks.check_trainer(self.trainer):
+            self.links = InProcessLinks()
         guard_loading(self.trainer.strategy)
         call_hook(self.module, "setup", stage)
         if not is_overridden("configure_model", self.module):
@@ -198,10 +199,9 @@ class LocalLearner(Wrapper):
         if wanted and self.num_modules != 1 and self.cutting is None:
             self.build(*self.examples())
 
-    def examples(self) -> tuple[Any, ...]:
+    def examples(self) -> Any:
         """Inputs of the network, found where the data are read."""
-        found: tuple[Any, ...] = self.links.from_first(lambda: example_inputs(self))
-        return found
+        return self.links.from_first(lambda: example_inputs(self))
 
     def build(self, *inputs: Any, partition: Partition | None = None) -> None:
         """Cuts the network and makes the heads; the Trainer does it by itself.

@@ -57,6 +57,11 @@ class MeshStrategy(ParallelStrategy):
         self._num_stages = num_stages
         self._data_parallel = count(name, "data_parallel", data_parallel, 1, "a number of replicas")
         self._placement = check_placement(placement)
+        if self._placement and num_stages not in ("auto", self._placement[-1] + 1):
+            raise ValueError(
+                f"{name}(num_stages={num_stages}, placement={placement}): the placement is for "
+                f"{self._placement[-1] + 1} stages; leave num_stages out, or make them equal."
+            )
         if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
             raise ValueError(f"{name}(timeout={timeout!r}): expected a timedelta above 0.")
         self._timeout = timeout

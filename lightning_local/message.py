@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["Message"]
+__all__ = ["Fed", "Message"]
+
+
+class Fed:
+    """In place of a batch that is not here: still on its way, or left out."""
+
+    def __repr__(self) -> str:
+        """What it stands for."""
+        return "a batch of the stage before"
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ class Replicas:
         """Gives all replicas the first one's values."""
         for tensor in tensors:
             data = tensor.detach().contiguous()
-            dist.broadcast(data, self._first, group=self.group)
+            group = self._hosts if data.device.type == "cpu" else self.group
+            dist.broadcast(data, self._first, group=group)
             if data.data_ptr() != tensor.data_ptr():
                 with torch.no_grad():
                     tensor.copy_(data)

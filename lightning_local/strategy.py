@@ -116,8 +116,6 @@ class LocalParallelStrategy(GatheringStrategy):
         self._send_input = send_input
         self._backend = process_group_backend
 
-    # From the start of a run to its end.
-
     def setup_environment(self) -> None:
         """Connects the processes, and gives the learner its links."""
         learner = self._learner
@@ -137,6 +135,7 @@ class LocalParallelStrategy(GatheringStrategy):
         self._links = DistributedLinks(self._processes, self._in_flight, self._send_input)
         learner.links = self._links
         learner._device_mesh = self._processes.mesh
+        self._holdings = None
         self._in_step = InStep(self._links, self._processes)
         self._in_step.attach(learner.trainer)
 
@@ -167,9 +166,7 @@ class LocalParallelStrategy(GatheringStrategy):
             self.setup_optimizers(trainer)
             limits.check_schedulers(learner.configs, processes.num_stages)
             for k, optimizer in enumerate(self.optimizers):
-                if k not in owned:
-                    # Schedulers of all local modules are stepped here; it is elsewhere that this
-                    # optimizer steps.
+                if k not in owned:  # its schedulers are stepped here, too; it steps elsewhere
                     optimizer._opt_called = True  # type: ignore[attr-defined]
         self.setup_precision_plugin()
         if fitting:
@@ -206,9 +203,7 @@ class LocalParallelStrategy(GatheringStrategy):
         if whole:
             assert processes is not None
             assert links is not None
-            fitted = learner.trainer.state.fn == "fit" and self._holdings is not None
-            if fitted:
-                assert self._holdings is not None
+            if learner.trainer.state.fn == "fit" and self._holdings is not None:
                 self._holdings.make_replicas_alike(buffers_alone=True)
                 self._holdings.share()
             processes.settle()
@@ -220,10 +215,12 @@ class LocalParallelStrategy(GatheringStrategy):
         if learner is not None:
             unsync_metrics(learner)
             learner._device_mesh = None
-            learner.links = InProcessLinks() if whole or processes is None else BrokenLinks()
+            if not whole:
+                learner.links = InProcessLinks() if processes is None else BrokenLinks()
         if self._layer_sync is not None and self._data_parallel > 1 and self.model is not None:
             self.model = self._layer_sync.revert(self.model)
-        self._links = self._holdings = self._in_step = None
+        # Holdings and links stay, for a checkpoint that is saved after the fit.
+        self._in_step = None
         super().teardown()
 
     # Batches.
@@ -283,9 +280,7 @@ class LocalParallelStrategy(GatheringStrategy):
         if self._holdings is not None:
             self._holdings.make_replicas_alike(buffers_alone=True)
 
-    def on_test_start(self) -> None:
-        """As for validation."""
-        self.on_validation_start()
+    on_test_start = on_validation_start
 
     def _sync_metrics(self) -> None:
         if self._processes is not None:

@@ -31,6 +31,13 @@ __all__ = [
 _SMALL = 1 << 11
 
 
+_UNREAD = (
+    "{} reads the network's input, which is not sent to the stage that runs the step: pass "
+    "LocalParallelStrategy(send_input=True), or read it in on_after_batch_transfer, which runs "
+    "where the data are."
+)
+
+
 class Unread(torch.Tensor):
     """Stands for the network's input where only its form is known; reading it is an error."""
 
@@ -59,11 +66,15 @@ class Unread(torch.Tensor):
         """Every operation needs values, but `detach`, by which torch makes a plain alias."""
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise RuntimeError(
-            f"{func} reads the network's input, which is not sent to the stage that runs the step: "
-            "pass LocalParallelStrategy(send_input=True), or read it in on_after_batch_transfer, "
-            "which runs where the data are."
-        )
+        raise RuntimeError(_UNREAD.format(func))
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Not to be had."""
+        raise RuntimeError(_UNREAD.format("numpy()"))
+
+    def tolist(self) -> Any:
+        """Not to be had."""
+        raise RuntimeError(_UNREAD.format("tolist()"))
 
 
 @dataclass(frozen=True)
