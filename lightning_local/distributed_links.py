@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -185,6 +186,16 @@ class DistributedLinks(InProcessLinks):
         """Rank 0's values, for all, which wait for it."""
         shared: dict[str, Any] = self._processes.broadcast(values, 0)
         return shared
+
+    @contextmanager
+    def reasons(self) -> Iterator[None]:
+        """An error inside gives way to an earlier stage's, of which it may be the result."""
+        try:
+            yield
+        except FloatingPointError:
+            if not self.first:
+                self._processes.alarm.await_news()
+            raise
 
     def add_up(self, counts: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """The sum, or maximum, over all processes."""

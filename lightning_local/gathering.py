@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_local import limits
 from lightning_local.holdings import Holdings
+from lightning_local.in_step import say_nothing_is_saved
 from lightning_local.links import BrokenLinks
 from lightning_local.mesh_strategy import MeshStrategy
 
@@ -77,11 +77,6 @@ class GatheringStrategy(MeshStrategy):
     ) -> None:
         """Writes the file, unless stages are at different batches."""
         if self._is_broken():
-            print(
-                f"No checkpoint {filepath!r}: after a failure the stages are at different batches. "
-                "Resume from the last one that was written.",
-                file=sys.stderr,
-                flush=True,
-            )
+            say_nothing_is_saved(filepath)
             return
         super().save_checkpoint(checkpoint, filepath, storage_options)

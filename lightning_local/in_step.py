@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,13 +10,26 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_local.links import Links
+from lightning_local.distributed_links import DistributedLinks
 from lightning_local.processes import Processes
 from lightning_local.publisher import share_metrics
 
-__all__ = ["InStep"]
+__all__ = ["InStep", "say_nothing_is_saved"]
+
+
+@rank_zero_only
+def say_nothing_is_saved(where: Any) -> None:
+    """Says why there is no checkpoint of a failed run."""
+    print(
+        f"No checkpoint in {where}: after a failure the stages are at different batches. Resume "
+        "from the last one that was written.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 class InStep(pl.Callback):
@@ -28,14 +42,32 @@ class InStep(pl.Callback):
     Args:
         links: Of this process.
         processes: Who is where.
+
+    Attributes:
+        deciding: The first stage's clock decides what is broadcast.
+        agreed: The run ended by a signal, after the same batch on all stages.
     """
 
-    def __init__(self, links: Links, processes: Processes) -> None:
+    def __init__(self, links: DistributedLinks, processes: Processes) -> None:
         self._links = links
         self._processes = processes
         self._timers: list[Timer] = []
         self._filters: list[Any] = []
         self.deciding = False
+        self.agreed = False
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Notes whether all stages end here, or one of them failed; then nothing is saved."""
+        self.agreed = self._links.stop and isinstance(exception, SIGTERMException)
+        if self.agreed:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
+                # It would go on as if the file were there: link to it, and remove the one before.
+                callback._last_global_step_saved = trainer.global_step
+                say_nothing_is_saved(callback.dirpath)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Shares what the last stage has logged."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -94,6 +95,10 @@ class Links(ABC):
         """The last stage's values, for all, which wait for it."""
 
     @abstractmethod
+    def reasons(self) -> AbstractContextManager[None]:
+        """An error inside gives way to an earlier stage's, of which it may be the result."""
+
+    @abstractmethod
     def add_up(self, counts: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """The sum, or maximum, over all processes."""
 
@@ -160,6 +165,10 @@ class InProcessLinks(Links):
     def share(self, values: dict[str, Any]) -> dict[str, Any]:
         """The last stage's values, for all, which wait for it."""
         return values
+
+    def reasons(self) -> AbstractContextManager[None]:
+        """Nothing is behind an error here."""
+        return nullcontext()
 
     def add_up(self, counts: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """The sum, or maximum, over all processes."""

@@ -98,7 +98,8 @@ class TrainingLoop:
 
     def check_losses(self) -> None:
         """Raises for a loss that was not finite, unless a loss scaler skips such steps."""
-        self.metrics.check(losses=not self.scalers.scaling)
+        with self.learner.links.reasons():
+            self.metrics.check(losses=not self.scalers.scaling)
 
     def close(self) -> None:
         """Takes what the loop hung on the Trainer off it again."""

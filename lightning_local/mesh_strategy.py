@@ -141,7 +141,7 @@ class MeshStrategy(ParallelStrategy):
         learner: Any = self.lightning_module
         if learner is None or learner.trainer.state.status != "interrupted":
             return False
-        return not (self._links is not None and self._links.stop)
+        return self._in_step is None or not self._in_step.agreed
 
     def barrier(self, name: str | None = None) -> None:
         """Waits for all processes."""

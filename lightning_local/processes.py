@@ -6,8 +6,7 @@ process that waits here is not waiting for a device, and learns at once that ano
 
 from __future__ import annotations
 
-import io
-import pickle
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_local.alarm import Alarm
+from lightning_local.transport import object_bytes, object_from
 
 __all__ = ["Processes"]
 
@@ -85,14 +85,14 @@ class Processes:
                 group = _group(ranks, "gloo", timeout)
                 if self.rank in ranks:
                     self._hosts = group
-        self.alarm = Alarm(self._alarms, self.rank, self.size)
+        self.alarm = Alarm(self._alarms, self.rank, self.size, self.name_of)
         self._open = True
         self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def open(self) -> None:
         """Starts to listen; again after `close`."""
         if not self._open:
-            self.alarm = Alarm(self._alarms, self.rank, self.size)
+            self.alarm = Alarm(self._alarms, self.rank, self.size, self.name_of)
             self._open = True
 
     def close(self) -> None:
@@ -131,19 +131,37 @@ class Processes:
             text += f", replica {replica} of {self.num_replicas}"
         return f"{text} (rank {self.rank_of(stage, replica)})"
 
+    def name_of(self, rank: int) -> str:
+        """A rank in words."""
+        return self.describe(
+            self.num_stages - 1 - rank // self.num_replicas, rank % self.num_replicas
+        )
+
     @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self, rank: int | None = None) -> Iterator[None]:
         """Errors of the communication library give way to their reason, once that is known.
+
+        Args:
+            rank: Who is waited for; None for all.
 
         Raises:
             StageError: Another process failed.
+            TimeoutError: Another process does not answer.
         """
         self.alarm.check()
+        start = time.monotonic()
         try:
             yield
-        except RuntimeError:
-            self.alarm.await_news(5.0)
-            raise
+        except RuntimeError as error:
+            self.alarm.await_news()
+            seconds, limit = time.monotonic() - start, self.timeout.total_seconds()
+            if seconds < limit:
+                raise
+            who = "the other processes" if rank is None else self.name_of(rank)
+            raise TimeoutError(
+                f"Waited {limit:.0f} s for {who}: pass LocalParallelStrategy(timeout=...) if it "
+                "may take longer."
+            ) from error
 
     def barrier(self) -> None:
         """Waits for all."""
@@ -175,27 +193,27 @@ class Processes:
         return None if self.rank else self._receive_object(source)
 
     def _send_object(self, obj: Any) -> None:
-        data = _bytes_of(obj)
+        data = object_bytes(obj)
         with self.guarded():
             dist.send(torch.tensor([data.numel()]), 0, group=self._control)
             dist.send(data, 0, group=self._control)
 
     def _receive_object(self, rank: int, tag: int = 0) -> Any:
         size = torch.zeros(1, dtype=torch.int64)
-        with self.guarded():
+        with self.guarded(rank):
             dist.recv(size, rank, group=self._control, tag=tag)
             data = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(data, rank, group=self._control, tag=tag)
-        return _object_of(data)
+        return object_from(data)
 
     def send(self, tensor: torch.Tensor, rank: int) -> None:
         """Sends bytes in the host's memory to another rank, which expects them."""
-        with self.guarded():
+        with self.guarded(rank):
             dist.send(tensor, rank, group=self._control)
 
     def receive(self, tensor: torch.Tensor, rank: int) -> None:
         """Fills bytes in the host's memory."""
-        with self.guarded():
+        with self.guarded(rank):
             dist.recv(tensor, rank, group=self._control)
 
     def spread(self, tensor: torch.Tensor, source: int) -> None:
@@ -229,9 +247,9 @@ class Processes:
             for stage in range(1, self.num_stages):
                 self._post(torch.tensor([value]), self.rank_of(stage, self.replica), _DECISIONS)
             return value
-        found = torch.zeros(1, dtype=torch.int64)
-        with self.guarded():
-            dist.recv(found, self.rank_of(0, self.replica), group=self._control, tag=_DECISIONS)
+        found, source = torch.zeros(1, dtype=torch.int64), self.rank_of(0, self.replica)
+        with self.guarded(source):
+            dist.recv(found, source, group=self._control, tag=_DECISIONS)
         return int(found)
 
     def decide(self, value: bool) -> bool:
@@ -246,7 +264,7 @@ class Processes:
     def report(self, obj: Any) -> list[Any] | None:
         """Objects of all stages on the last one, in order; None on the others, which don't wait."""
         if self.stage < self.num_stages - 1:
-            data = _bytes_of(obj)
+            data = object_bytes(obj)
             to = self.rank_of(self.num_stages - 1, self.replica)
             self._post(torch.tensor([data.numel()]), to, _REPORTS)
             self._post(data, to, _REPORTS)
@@ -274,15 +292,3 @@ def _group(ranks: list[int] | None, backend: str, timeout: timedelta) -> dist.Pr
     made: Any = dist.new_group(ranks, timeout, backend)
     group: dist.ProcessGroup = made
     return group
-
-
-def _bytes_of(obj: Any) -> torch.Tensor:
-    file = io.BytesIO()
-    torch.save(obj, file, pickle_protocol=pickle.HIGHEST_PROTOCOL)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-
-
-def _object_of(data: torch.Tensor) -> Any:
-    # From a process of this very run; states may hold any class of the user's.
-    file = io.BytesIO(data.numpy().tobytes())
-    return torch.load(file, map_location="cpu", weights_only=False)

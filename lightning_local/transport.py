@@ -21,6 +21,8 @@ __all__ = [
     "fill",
     "flat_bytes",
     "from_bytes",
+    "object_bytes",
+    "object_from",
     "pack",
     "restored",
     "unpack",
@@ -236,3 +238,17 @@ def fill(tensors: Sequence[torch.Tensor], data: torch.Tensor) -> None:
             part = data[start : start + size].clone().view(tensor.dtype)
             tensor.copy_(part.view(tensor.shape))
             start += size
+
+
+def object_bytes(obj: Any) -> torch.Tensor:
+    """A state as bytes in the host's memory."""
+    file = io.BytesIO()
+    torch.save(obj, file, pickle_protocol=pickle.HIGHEST_PROTOCOL)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def object_from(data: torch.Tensor) -> Any:
+    """The state that `object_bytes` has made bytes of."""
+    # From a process of this very run; states may hold any class of the user's.
+    file = io.BytesIO(data.numpy().tobytes())
+    return torch.load(file, map_location="cpu", weights_only=False)

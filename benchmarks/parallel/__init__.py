@@ -1,0 +1,1 @@
+"""Several processes: each method against its own bound, and against exact pipelines."""
