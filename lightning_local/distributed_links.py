@@ -17,6 +17,9 @@ from lightning_local.wire import Wire
 
 __all__ = ["DistributedLinks"]
 
+# Kinds of messages: with a batch; the rest of the epoch is left out; there is no batch this time.
+_BATCH, _SKIP, _NONE = range(3)
+
 
 class DistributedLinks(InProcessLinks):
     """Neighbours within a stage in this process, those at its ends in others.
@@ -28,6 +31,7 @@ class DistributedLinks(InProcessLinks):
 
     Attributes:
         stop: All stages end after this batch.
+        where: Which batch of the run this process is at: phase, epoch, number.
     """
 
     def __init__(self, processes: Processes, in_flight: int, send_input: bool) -> None:
@@ -41,6 +45,7 @@ class DistributedLinks(InProcessLinks):
         self._owned: range | None = None
         self._hidden: frozenset[int] = frozenset()
         self.stop = False
+        self.where: tuple[str, int, int] = ("", 0, 0)
         self._replicas: Replicas | None = None
         if processes.num_replicas > 1:
             self._replicas = Replicas(
@@ -102,7 +107,8 @@ class DistributedLinks(InProcessLinks):
             return
         assert self._to_next is not None
         parts = (message.values, message.target, message.input, message.gradient)
-        self._to_next.put((self.stop, message.batch_idx, parts), message.batch, self._hidden)
+        head = (self.where, self.stop, _BATCH, message.batch_idx)
+        self._to_next.put((*head, parts), message.batch, self._hidden)
         self._hidden = frozenset()
 
     def fetch(self) -> Any:
@@ -113,19 +119,33 @@ class DistributedLinks(InProcessLinks):
         """
         assert self._owned is not None
         assert self._from_previous is not None
-        (self.stop, batch_idx, parts), batch = self._from_previous.get()
-        self.skipped = parts is None
-        if parts is None:
-            return Fed()
+        (there, self.stop, kind, batch_idx, parts), batch = self._from_previous.get()
+        if there != self.where:
+            raise RuntimeError(
+                f"The stage before sent batch {there[2]} of {there[0]} in epoch {there[1]}, and "
+                f"this one is at batch {self.where[2]} of {self.where[0]} in epoch "
+                f"{self.where[1]}: a sampler or loader has another length than it says, or "
+                "trainer.should_stop was set on one stage alone."
+            )
+        self.skipped = kind == _SKIP
+        if kind == _NONE:
+            self.leave_out()
+        if kind != _BATCH:
+            return Fed() if self.skipped else None
         values, target, given, gradient = parts
         message = Message(values, target, batch, batch_idx, given, gradient)
         super().send(self._owned[0], message)
         return batch
 
+    def leave_out(self) -> None:
+        """Tells the later stages that there is no batch this time."""
+        if self._to_next is not None:
+            self._to_next.put((self.where, self.stop, _NONE, 0, None))
+
     def skip(self) -> None:
         """Tells the later stages that this batch, and the rest of the epoch, is left out."""
         if self._to_next is not None:
-            self._to_next.put((self.stop, 0, None))
+            self._to_next.put((self.where, self.stop, _SKIP, 0, None))
 
     def return_error(self, k: int, error: torch.Tensor) -> None:
         """Keeps the error, or lets it leave."""

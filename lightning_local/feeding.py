@@ -7,9 +7,15 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from lightning_local.message import Fed
 from lightning_local.processes import Processes
@@ -17,21 +23,32 @@ from lightning_local.processes import Processes
 __all__ = ["feed"]
 
 
-class _FedLoader:
-    """As many batches as the first stage reads.
+class _Around:
+    """Looks like the user's loader.
 
     Args:
-        loader: The user's; never iterated here.
-        processes: Tell when there are no more, where the length is not known.
+        loader: It.
+        processes: Who is where.
     """
 
     def __init__(self, loader: Any, processes: Processes) -> None:
         self._loader = loader
         self._processes = processes
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_loader", "_processes"):
+            raise AttributeError(name)
+        if name in ("state_dict", "load_state_dict"):
+            raise AttributeError(name)  # of the classes that say so
+        return getattr(self._loader, name)
+
     def __len__(self) -> int:
         """The loader's."""
         return len(self._loader)
+
+
+class _FedLoader(_Around):
+    """As many batches as the first stage reads; the user's loader is never iterated here."""
 
     def __iter__(self) -> Iterator[Any]:
         if _is_certain(self._loader):
@@ -53,26 +70,8 @@ class _StatefulFedLoader(_FedLoader):
         """Nothing to go on with."""
 
 
-class _Announcing:
-    """Tells the later stages of every batch, and of the end.
-
-    Args:
-        loader: The user's.
-        processes: Listen.
-    """
-
-    def __init__(self, loader: Any, processes: Processes) -> None:
-        self._loader = loader
-        self._processes = processes
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_loader", "_processes"):
-            raise AttributeError(name)
-        return getattr(self._loader, name)
-
-    def __len__(self) -> int:
-        """The loader's."""
-        return len(self._loader)
+class _Announcing(_Around):
+    """Tells the later stages of every batch, and of the end."""
 
     def __iter__(self) -> Iterator[Any]:
         # Now, not with the first batch: a loader's iterator draws random numbers when it is made.
@@ -99,10 +98,12 @@ class _StatefulAnnouncing(_Announcing):
 
 
 def _is_certain(loader: Any) -> bool:
-    """Whether the number of batches is sure before they are read."""
+    """Whether the number of batches is sure before they are read: samplers are torch's own."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
-    return sized_len(loader) is not None
+    if type(loader.sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
+        return False
+    return type(loader.batch_sampler) is BatchSampler
 
 
 def feed(loader: Any, processes: Processes) -> Any:

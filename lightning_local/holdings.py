@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics.metric import jit_distributed_available
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_local.placement import extra_states, tensors_per_module
+from lightning_local.placement import extra_states, owners, tensors_per_module
 from lightning_local.processes import Processes
 from lightning_local.replicas import Replicas
 from lightning_local.transport import fill, flat_bytes
@@ -44,10 +45,40 @@ class Holdings:
         self._processes = processes
         self._stages = stages
         self._replicas = replicas
+        self._guarded: nn.Module | None = None
 
     def _tensors(self) -> list[list[torch.Tensor]]:
         # Asked for each time: buffers are other objects once they are on another device.
         return tensors_per_module(self._learner)
+
+    def guard(self) -> None:
+        """Metrics are those of the replicas; the whole network can't be called.
+
+        Only this stage's weights are current, and others' would give wrong numbers in silence.
+        """
+        sync_metrics(self._learner, self._processes)
+        network, processes = self._learner.network, self._processes
+        if processes.num_stages == 1 or "forward" in vars(network):
+            return
+        stage = self._processes.describe(processes.stage, processes.replica)
+
+        @functools.wraps(network.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError(
+                f"The network was called outside of a step, on {stage}, where only this stage's "
+                "weights are current: call it in training_step, validation_step, test_step or "
+                "predict_step, or after the run, when every process has the whole network."
+            )
+
+        self._guarded = network
+        network.__dict__["forward"] = forward
+
+    def unguard(self) -> None:
+        """Everything is as before."""
+        unsync_metrics(self._learner)
+        if self._guarded is not None:
+            self._guarded.__dict__.pop("forward", None)
+            self._guarded = None
 
     def to_device(self, device: torch.device) -> None:
         """Moves what this stage holds or reads; the rest stays where it is."""
@@ -59,6 +90,11 @@ class Holdings:
         modules = self._learner.modules_in_order()
         for k in owned if modules else ():
             needed |= {id(t) for t in modules[k].body.buffers()}
+        if owned[0] == 0:
+            # What transfer hooks may use, which run where the data are.
+            known = owners(self._learner)
+            every = (*self._learner.parameters(), *self._learner.buffers())
+            needed |= {id(t) for t in every if id(t) not in known}
         _move(self._learner, needed, device)
 
     def make_replicas_alike(self, buffers_alone: bool = False) -> None:

@@ -18,7 +18,16 @@ from lightning_local.distributed_links import DistributedLinks
 from lightning_local.processes import Processes
 from lightning_local.publisher import share_metrics
 
-__all__ = ["InStep", "say_nothing_is_saved"]
+__all__ = ["InStep", "say_nothing_is_saved", "where"]
+
+
+def where(trainer: pl.Trainer) -> tuple[str, int, int]:
+    """Which batch of the run comes next: phase, epoch, number."""
+    loop: Any = trainer._active_loop
+    loop = getattr(loop, "epoch_loop", loop)
+    stage = trainer.state.stage
+    phase = stage.value if stage is not None else ""
+    return phase, trainer.current_epoch, loop.batch_progress.current.ready
 
 
 @rank_zero_only

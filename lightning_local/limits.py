@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+
+from lightning_local.callbacks import callbacks_of
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
@@ -15,7 +19,7 @@ __all__ = ["check_learner", "check_run", "check_schedulers"]
 
 _CALLBACKS: dict[type[pl.Callback], str] = {
     pl_callbacks.WeightAveraging: "it averages the weights of one process, and each stage trains "
-    "others; average in on_train_batch_start of the module, which runs on every stage",
+    "others; average the weights of checkpoints, after the fit",
     pl_callbacks.BatchSizeFinder: "it runs the training again and again in one process; find the "
     "batch size with Trainer(devices=1)",
 }
@@ -42,15 +46,29 @@ def check_run(learner: LocalLearner, num_stages: int) -> None:
         ValueError: Names the feature, the reason and what to do instead.
     """
     trainer = learner.trainer
-    # Lightning's connectors set them, out of mypy's sight.
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
+    for callback in callbacks:
         for kind, reason in _CALLBACKS.items():
             if isinstance(callback, kind):
                 raise ValueError(
                     f"{type(callback).__name__} does not work with LocalParallelStrategy: {reason}."
                 )
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        raise ValueError(
+            "SLURM's automatic requeueing saves in the middle of a batch, where stages are at "
+            "different ones: pass Trainer(plugins=[SLURMEnvironment(auto_requeue=False)]); SIGTERM "
+            "ends all stages after the same batch, and ModelCheckpoint(save_on_exception=True) "
+            "saves then."
+        )
     if num_stages == 1:
         return
+    if any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
+        raise ValueError(
+            "A BasePredictionWriter wants samples' indices and predictions in one place, and the "
+            "first stage has the ones, the last the others: use what trainer.predict returns on "
+            "rank 0."
+        )
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         raise ValueError(
             "Trainer(val_check_interval=...) as a time lets each stage's own clock decide when to "

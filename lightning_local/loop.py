@@ -268,10 +268,9 @@ class TrainingLoop:
 
     def _average(self, k: int) -> None:
         """Starts to average the gradients over the replicas, after k's last backward."""
-        if not self.stepping.accumulates:
-            wait = self.learner.links.average(k, self.stepping.parameters(k))
-            if wait is not None:
-                self._means[k] = wait
+        average = self.learner.links.average
+        if not self.stepping.accumulates and (wait := average(k, self.stepping.parameters(k))):
+            self._means[k] = wait
 
     def _finish(self, k: int, work: Work) -> None:
         """Steps 7 and 8."""

@@ -173,9 +173,9 @@ class MeshStrategy(ParallelStrategy):
     def all_gather(
         self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False
     ) -> torch.Tensor:
-        """From the replicas of this stage, `(data_parallel, ...)`."""
+        """From the replicas of this stage, `(data_parallel, ...)`; as it is where there is one."""
         if self._data_parallel == 1:
-            return tensor.unsqueeze(0)
+            return tensor
         assert self._processes is not None
         group = self._processes.data_group
         return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)

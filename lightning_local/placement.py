@@ -19,6 +19,7 @@ __all__ = [
     "check_placement",
     "check_shared",
     "extra_states",
+    "owners",
     "stages_of",
     "tensors_per_module",
 ]
@@ -86,6 +87,8 @@ def stages_of(
         ValueError: There are fewer local modules than stages, or the placement is for others.
     """
     count = learner.num_modules
+    if num_stages == 1 and placement is None:
+        return [range(max(1, count))]  # not cut yet, for an evaluation in one stage
     if count < num_stages:
         raise ValueError(
             f"{num_stages} stages for {count} local module{'s' * (count != 1)}: pass "
@@ -114,14 +117,15 @@ def tensors_per_module(learner: LocalLearner) -> list[list[torch.Tensor]]:
 
     What belongs to none, such as a loss with weights, belongs to the last.
     """
-    owner = _owner_of_tensors(learner)
-    found: list[list[torch.Tensor]] = [[] for _ in range(learner.num_modules)]
+    owner = owners(learner)
+    found: list[list[torch.Tensor]] = [[] for _ in range(max(1, learner.num_modules))]
     for _, tensor in [*learner.named_parameters(), *learner.named_buffers()]:
-        found[owner.get(id(tensor), learner.num_modules - 1)].append(tensor)
+        found[owner.get(id(tensor), -1)].append(tensor)
     return found
 
 
-def _owner_of_tensors(learner: LocalLearner) -> dict[int, int]:
+def owners(learner: LocalLearner) -> dict[int, int]:
+    """The local module of each tensor, by its id, that belongs to one."""
     owner: dict[int, int] = {}
     for k, module in enumerate(learner.modules_in_order()):
         # A body lists what it uses of the network; a local module's own tensors are its head's.
@@ -137,10 +141,10 @@ def extra_states(learner: LocalLearner) -> list[list[tuple[str, nn.Module]]]:
     for k, module in enumerate(learner.modules_in_order()):
         for layer in (*module.body.layers(), *module.modules()):
             owner.setdefault(id(layer), k)
-    found: list[list[tuple[str, nn.Module]]] = [[] for _ in range(learner.num_modules)]
+    found: list[list[tuple[str, nn.Module]]] = [[] for _ in range(max(1, learner.num_modules))]
     for name, module in learner.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            found[owner.get(id(module), learner.num_modules - 1)].append((name, module))
+            found[owner.get(id(module), -1)].append((name, module))
     return found
 
 

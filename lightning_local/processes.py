@@ -80,11 +80,10 @@ class Processes:
         self._replicas: dist.ProcessGroup = self.mesh["data"].get_group()
         self._hosts = self._replicas
         if backend != "gloo" and num_replicas > 1:
-            for stage in range(num_stages):
-                ranks = [self.rank_of(stage, d) for d in range(num_replicas)]
-                group = _group(ranks, "gloo", timeout)
-                if self.rank in ranks:
-                    self._hosts = group
+            ranks = sorted(self.rank_of(self.stage, d) for d in range(num_replicas))
+            # Made by its members alone: others would split a communicator of the default group.
+            made: Any = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+            self._hosts = made
         self.alarm = Alarm(self._alarms, self.rank, self.size, self.name_of)
         self._open = True
         self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()

@@ -96,6 +96,7 @@ def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> bool:
         "scalers": replicas[0]["scalers"],
         "plateau": learner.loop.schedules.save() if learner.loop else {},
     }
+    checkpoint.update(replicas[0]["datamodule"])
     if replicas[0]["loader"] is not None:
         checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = replicas[0]["loader"]
     return True
@@ -111,7 +112,18 @@ def _part(learner: LocalLearner) -> dict[str, Any]:
         "scalers": learner.loop.scalers.save() if learner.loop else [],
         "random": global_states(),
         "loader": loader,
+        "datamodule": _of_datamodule(learner),
     }
+
+
+def _of_datamodule(learner: LocalLearner) -> dict[str, Any]:
+    """What a datamodule remembers of reading, where the data are read by another process."""
+    # Lightning's connectors set it, out of mypy's sight.
+    datamodule: Any = learner.trainer.datamodule  # type: ignore[attr-defined]
+    if learner.links.alone or not learner.links.first or datamodule is None:
+        return {}
+    state: dict[str, Any] = datamodule.state_dict()
+    return {datamodule.__class__.__qualname__: state} if state else {}
 
 
 def _of_all_stages(learner: LocalLearner, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -129,6 +141,7 @@ def _of_all_stages(learner: LocalLearner, parts: list[dict[str, Any]]) -> dict[s
         "scalers": scalers,
         "random": first["random"],
         "loader": first["loader"],
+        "datamodule": first["datamodule"],
     }
 
 

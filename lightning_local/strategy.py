@@ -29,8 +29,8 @@ from lightning_local.distributed_links import DistributedLinks
 from lightning_local.evaluation import evaluate
 from lightning_local.feeding import feed
 from lightning_local.gathering import GatheringStrategy
-from lightning_local.holdings import Holdings, sync_metrics, unsync_metrics
-from lightning_local.in_step import InStep
+from lightning_local.holdings import Holdings
+from lightning_local.in_step import InStep, where
 from lightning_local.links import BrokenLinks, InProcessLinks
 from lightning_local.placement import check_shared, stages_of
 from lightning_local.processes import Processes
@@ -199,10 +199,8 @@ class LocalParallelStrategy(GatheringStrategy):
         """Gives every process the trained network, and ends the connections."""
         learner: Any = self.lightning_module
         processes, links = self._processes, self._links
-        whole = processes is not None and links is not None and not self._is_broken()
-        if whole:
-            assert processes is not None
-            assert links is not None
+        whole = not self._is_broken()
+        if whole and processes is not None and links is not None:
             if learner.trainer.state.fn == "fit" and self._holdings is not None:
                 self._holdings.make_replicas_alike(buffers_alone=True)
                 self._holdings.share()
@@ -213,7 +211,8 @@ class LocalParallelStrategy(GatheringStrategy):
         if self._in_step is not None:
             self._in_step.detach(learner.trainer)
         if learner is not None:
-            unsync_metrics(learner)
+            if self._holdings is not None:
+                self._holdings.unguard()
             learner._device_mesh = None
             if not whole:
                 learner.links = InProcessLinks() if processes is None else BrokenLinks()
@@ -236,9 +235,12 @@ class LocalParallelStrategy(GatheringStrategy):
         """The batch, as it was read or as the stage before has sent it."""
         assert self._links is not None
         assert self._processes is not None
+        self._links.where = where(self._learner.trainer)
         if self._links.first:
             batch = super().batch_to_device(batch, device, dataloader_idx)
             self._links.stop = self._processes.any_replica(self._processes.alarm.stop.is_set())
+            if batch is None and self._learner.trainer.training:
+                self._links.leave_out()  # Lightning passes over it
         else:
             batch = self._links.fetch()
         if self._links.stop:
@@ -271,20 +273,17 @@ class LocalParallelStrategy(GatheringStrategy):
         return self._processes is None or self._processes.num_stages == 1
 
     def on_train_start(self) -> None:
-        """Metrics that hooks have made are computed as the others."""
-        self._sync_metrics()
+        """From here on, weights of other stages are not current."""
+        assert self._holdings is not None
+        self._holdings.guard()
 
     def on_validation_start(self) -> None:
         """Replicas validate with the same running statistics."""
-        self._sync_metrics()
-        if self._holdings is not None:
-            self._holdings.make_replicas_alike(buffers_alone=True)
+        assert self._holdings is not None
+        self._holdings.guard()
+        self._holdings.make_replicas_alike(buffers_alone=True)
 
-    on_test_start = on_validation_start
-
-    def _sync_metrics(self) -> None:
-        if self._processes is not None:
-            sync_metrics(self._learner, self._processes)
+    on_test_start = on_predict_start = on_validation_start
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
