@@ -269,8 +269,7 @@ def skip_in_fleet(rank, size, *args):
     return skip(partial(trainer, rank, size, QUIET), *args)
 
 
-@pytest.mark.parametrize("case", [(Skipping, None), (SkippingStream, stream)])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("case", "size"), [((Skipping, None), 3), ((SkippingStream, stream), 2)])
 def test_the_first_stage_leaves_out_the_rest_of_an_epoch(case, size):
     """Asked before each batch, where the data are read."""
     wanted = skip(single, *case)
