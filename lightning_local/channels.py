@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
+from lightning_local.alarm import Alarm
 from lightning_local.transport import Packed, pack
 from lightning_local.wire import Received, Wire
 
@@ -22,10 +23,10 @@ __all__ = ["Inbox", "Outbox"]
 _LOOK = 0.2
 _CLOSE = "close"
 
-Check = Callable[[], None]
 
-
-def wait_for(ready: Callable[[float], bool], check: Check, timeout: float, what: str) -> None:
+def wait_for(
+    ready: Callable[[float], bool], check: Callable[[], None], timeout: float, what: str
+) -> None:
     """Waits in the main thread, with an eye on signals and news.
 
     Args:
@@ -53,14 +54,14 @@ class Outbox:
     Args:
         wire: To the peer.
         name: Of the peer, for errors.
-        check: Raises if something failed elsewhere.
+        alarm: Says if something failed elsewhere.
         timeout: Seconds to wait for the peer.
     """
 
-    def __init__(self, wire: Wire, name: str, check: Check, timeout: float) -> None:
+    def __init__(self, wire: Wire, name: str, alarm: Alarm, timeout: float) -> None:
         self._wire = wire
         self._name = name
-        self._check = check
+        self._alarm = alarm
         self._timeout = timeout
         self._queue: queue.SimpleQueue[tuple[Packed, Any]] = queue.SimpleQueue()
         self._free = threading.Semaphore(1)
@@ -81,8 +82,9 @@ class Outbox:
         self._queue.put((packed, self._wire.now()))
 
     def _look(self) -> None:
-        self._check()
+        self._alarm.check()
         if self.error is not None:
+            self._alarm.await_news()
             raise ConnectionError(f"The connection to {self._name} is lost.") from self.error
 
     def _run(self) -> None:
@@ -117,14 +119,14 @@ class Inbox:
         wire: From the peer.
         ahead: How many are received before they are asked for.
         name: Of the peer, for errors.
-        check: Raises if something failed elsewhere.
+        alarm: Says if something failed elsewhere.
         timeout: Seconds to wait for the peer.
     """
 
-    def __init__(self, wire: Wire, ahead: int, name: str, check: Check, timeout: float) -> None:
+    def __init__(self, wire: Wire, ahead: int, name: str, alarm: Alarm, timeout: float) -> None:
         self._wire = wire
         self._name = name
-        self._check = check
+        self._alarm = alarm
         self._timeout = timeout
         self._queue: queue.Queue[Received | None] = queue.Queue()
         self._slots = threading.Semaphore(ahead)
@@ -143,7 +145,7 @@ class Inbox:
                 return False
             return True
 
-        self._check()
+        self._alarm.check()
         self._slots.release()
         wait_for(ready, self._look, self._timeout, f"a message of {self._name}")
         if found[0] is None:
@@ -152,8 +154,9 @@ class Inbox:
         return self._wire.take(found[0])
 
     def _look(self) -> None:
-        self._check()
+        self._alarm.check()
         if self.error is not None and self._queue.empty():
+            self._alarm.await_news()
             raise ConnectionError(f"The connection to {self._name} is lost.") from self.error
 
     def _run(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_local.alarm import Alarm
 from lightning_local.channels import Inbox, Outbox
 from lightning_local.links import InProcessLinks
 from lightning_local.message import Fed, Message
@@ -33,6 +34,8 @@ class DistributedLinks(InProcessLinks):
         stop: All stages end after this batch.
         where: Which batch of the run this process is at: phase, epoch, number.
     """
+
+    of_strategy = True
 
     def __init__(self, processes: Processes, in_flight: int, send_input: bool) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class DistributedLinks(InProcessLinks):
             self._to_previous = self._outbox(stage - 1)
             self._from_previous = self._inbox(stage - 1, in_flight - 1)
 
-    def _wire(self, stage: int, source: int) -> tuple[Wire, str, Callable[[], None], float]:
+    def _wire(self, stage: int, source: int) -> tuple[Wire, str, Alarm, float]:
         processes = self._processes
         peer = processes.rank_of(stage, processes.replica)
         pair = (processes.rank, peer) if source == processes.stage else (peer, processes.rank)
@@ -70,15 +73,15 @@ class DistributedLinks(InProcessLinks):
         group = processes.forward if forward else processes.backward
         wire = Wire(peer, group, processes.direct.get(pair), processes.device)
         name = processes.describe(stage, processes.replica)
-        return wire, name, processes.alarm.check, processes.timeout.total_seconds()
+        return wire, name, processes.alarm, processes.timeout.total_seconds()
 
     def _outbox(self, stage: int) -> Outbox:
-        wire, name, check, timeout = self._wire(stage, self._processes.stage)
-        return Outbox(wire, name, check, timeout)
+        wire, name, alarm, timeout = self._wire(stage, self._processes.stage)
+        return Outbox(wire, name, alarm, timeout)
 
     def _inbox(self, stage: int, ahead: int) -> Inbox:
-        wire, name, check, timeout = self._wire(stage, stage)
-        return Inbox(wire, ahead, name, check, timeout)
+        wire, name, alarm, timeout = self._wire(stage, stage)
+        return Inbox(wire, ahead, name, alarm, timeout)
 
     def place(self, stages: Sequence[range]) -> None:
         """Sets the local modules of each stage."""

@@ -54,7 +54,8 @@ class InStep(pl.Callback):
 
     Attributes:
         deciding: The first stage's clock decides what is broadcast.
-        agreed: The run ended by a signal, after the same batch on all stages.
+        agreed: The run ended by a signal, after the same batch on all stages, or there is one
+            process alone.
     """
 
     def __init__(self, links: DistributedLinks, processes: Processes) -> None:
@@ -69,7 +70,8 @@ class InStep(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Notes whether all stages end here, or one of them failed; then nothing is saved."""
-        self.agreed = self._links.stop and isinstance(exception, SIGTERMException)
+        stopped = self._links.stop and isinstance(exception, SIGTERMException)
+        self.agreed = stopped or self._links.alone
         if self.agreed:
             return
         for callback in trainer.checkpoint_callbacks:

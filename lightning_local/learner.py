@@ -170,7 +170,7 @@ class LocalLearner(Wrapper):
         """Cuts the network and makes the heads, before weights and optimizers are restored."""
         self.flags.give_back(self.trainer)
         self.resumed = state.Resumed()
-        if not hooks.check_trainer(self.trainer):
+        if not hooks.check_trainer(self.trainer) and self.links.of_strategy:
             self.links = InProcessLinks()
         guard_loading(self.trainer.strategy)
         call_hook(self.module, "setup", stage)

@@ -21,6 +21,7 @@ class Links(ABC):
     """The two directions between neighbouring local modules k and k + 1.
 
     Attributes:
+        of_strategy: They were made for a run with a strategy that links processes.
         alone: There is no other process.
         first: This process has local module 0, and reads the data.
         last: It has the last local module, whose loss is the user's.
@@ -29,6 +30,7 @@ class Links(ABC):
         skipped: The first stage skips this batch and the rest of the epoch.
     """
 
+    of_strategy: bool = False
     alone: bool = True
     first: bool = True
     last: bool = True
@@ -177,6 +179,8 @@ class InProcessLinks(Links):
 
 class BrokenLinks(InProcessLinks):
     """After a failure: the others are elsewhere, so there is nothing whole to save."""
+
+    of_strategy = True
 
     def gather(self, part: Any) -> list[list[Any]] | None:
         """Nobody writes."""
