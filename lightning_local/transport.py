@@ -129,7 +129,8 @@ class _Pickler(pickle.Pickler):
         if isinstance(obj, Unread):
             return "unread", tuple(obj.shape), obj.dtype
         if obj.layout != torch.strided or obj.is_quantized or obj.is_nested:
-            return None
+            # As torch saves them: plain pickling keeps a sparse tensor alive that is unpickled.
+            return "saved", object_bytes(obj.detach()).numpy().tobytes(), obj.device.type == "cpu"
         if id(obj) in self._numbers:
             return "tensor", self._numbers[id(obj)]
         if id(obj) in self.hidden:
@@ -162,6 +163,9 @@ class _Unpickler(pickle.Unpickler):
         """The tensor a number stands for."""
         if pid[0] == "unread":
             return Unread(pid[1], pid[2], self._device)
+        if pid[0] == "saved":
+            tensor = object_from(torch.frombuffer(bytearray(pid[1]), dtype=torch.uint8))
+            return tensor if pid[2] else tensor.to(self._device)
         return self._tensors[pid[1]]
 
 
