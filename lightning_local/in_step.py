@@ -137,7 +137,7 @@ class InStep(pl.Callback):
 
     def detach(self, trainer: pl.Trainer) -> None:
         """Leaves everything as it was."""
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # see attach
         if self in callbacks:
             callbacks.remove(self)
         for each in self._filters:

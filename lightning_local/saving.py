@@ -61,8 +61,10 @@ class SavingByStep:
                 share_metrics(trainer, learner.links)
                 if interval is not None:
                     callback._train_time_interval = timedelta(0)
-            own(trainer, module, *args)  # type: ignore[arg-type]  # it stands in for the learner
-            callback._train_time_interval = interval
+            try:
+                own(trainer, module, *args)  # type: ignore[arg-type]  # it stands in for the learner
+            finally:
+                callback._train_time_interval = interval
 
         return on_train_batch_end
 

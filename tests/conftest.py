@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed
+from fleet import QUIET
 
 torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -60,11 +61,4 @@ def no_leaked_threads():
 @pytest.fixture
 def quiet():
     """Arguments of a Trainer that writes and prints nothing."""
-    return {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    return dict(QUIET)
