@@ -5,6 +5,7 @@ from lightning_local.callbacks import LocalSummary
 from lightning_local.cli import LocalCLI
 from lightning_local.learner import LocalLearner
 from lightning_local.partition import Partition
+from lightning_local.planner import plan_partition
 from lightning_local.strategy import LocalParallelStrategy
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "heads",
     "losses",
     "methods",
+    "plan_partition",
 ]

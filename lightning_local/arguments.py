@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_local.couplings import Isolated
+from lightning_local.local_module import RECOMPUTE
 from lightning_local.methods import LocalMethod, get_method
 from lightning_local.partition import Partition
 
-__all__ = ["check_optimizer", "check_options", "ends_to_end", "method_and_partition"]
+__all__ = [
+    "check_optimizer",
+    "check_options",
+    "check_recompute",
+    "ends_to_end",
+    "method_and_partition",
+    "recompute_modes",
+]
 
 
 def method_and_partition(
@@ -66,3 +75,54 @@ def check_optimizer(given: Any, optimizer: Any) -> None:
             "The command line's --optimizer and LocalLearner(optimizer=...) both say how to "
             "optimize: leave one of them out."
         )
+
+
+def check_recompute(recompute: Any) -> str | dict[int, str]:
+    """Which local modules compute activations twice: a mode for all, or one for each index.
+
+    Raises:
+        TypeError: It is neither a mode, nor a list of indices, nor a dict from indices to modes.
+        ValueError: An unknown mode, or a negative or repeated index.
+    """
+    if isinstance(recompute, str):
+        if recompute not in RECOMPUTE:
+            raise ValueError(
+                f"recompute={recompute!r} is not known: pass one of {RECOMPUTE}, a list of indices "
+                "of local modules that recompute their bodies, or a dict from indices to modes."
+            )
+        return recompute
+    whole = list(recompute) if isinstance(recompute, (list, tuple, Mapping)) else None
+    if whole is None or not all(type(k) is int for k in whole):
+        raise TypeError(
+            f"recompute={recompute!r}: pass one of {RECOMPUTE}, a list of indices of local modules "
+            "such as [0, 1], or a dict such as {0: 'blocks', 1: 'body'}."
+        )
+    if len(set(whole)) < len(whole) or any(k < 0 for k in whole):
+        raise ValueError(
+            f"recompute={recompute!r}: local modules are counted from 0, each named once."
+        )
+    modes = dict(recompute) if isinstance(recompute, Mapping) else dict.fromkeys(whole, "body")
+    for k, mode in modes.items():
+        if mode not in RECOMPUTE:
+            raise ValueError(
+                f"recompute={recompute!r}: {mode!r} (of local module {k}) is not one of "
+                f"{RECOMPUTE}."
+            )
+    return modes or "none"
+
+
+def recompute_modes(recompute: str | Mapping[int, str], num_modules: int) -> list[str]:
+    """The mode of each of K local modules.
+
+    Raises:
+        ValueError: An index is K or more.
+    """
+    if isinstance(recompute, str):
+        return [recompute] * num_modules
+    beyond = [k for k in recompute if k >= num_modules]
+    if beyond:
+        raise ValueError(
+            f"recompute names local module {beyond[0]}, and there are {num_modules}: pass indices "
+            f"from 0 to {num_modules - 1}."
+        )
+    return [recompute.get(k, "none") for k in range(num_modules)]

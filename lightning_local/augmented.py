@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lightning_local.body import Body, Code
 from lightning_local.dryrun import Boundary
-from lightning_local.layers import BatchNorm1d, BatchNorm2d, Pool
+from lightning_local.layers import BatchNorm1d, BatchNorm2d, Pool, norm_relu_conv
 from lightning_local.place import Place, Unit
 
 __all__ = ["build_augmented", "sample_units"]
@@ -42,6 +42,8 @@ def sample_units(unit: int, num_units: int, depth: int) -> list[int]:
 class ResidualBlock(nn.Module):
     """conv3x3-BN-ReLU-conv3x3-BN plus shortcut (1x1 convolution and BN when the shape changes)."""
 
+    overwrites = False
+
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
@@ -56,10 +58,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(N, C, H, W)` to `(N, width, H / stride, W / stride)`."""
-        out = functional.relu_(self.bn1(self.conv1(hidden)))
-        out = self.bn2(self.conv2(out))
+        # First, so that its backward comes last: its gradient has the size of the input, and would
+        # wait while the other path still has all its activations.
+        shortcut = self.shortcut(hidden)
+        out = self.bn2(norm_relu_conv(self.conv1(hidden), self.bn1, self.conv2))
         # In place: BN saves its input, not its result, so nothing that backward reads is lost.
-        out += self.shortcut(hidden)
+        out += shortcut
+        del shortcut
         return functional.relu_(out)
 
 
@@ -104,7 +109,13 @@ def _resize(hidden: torch.Tensor, space: tuple[int, ...]) -> torch.Tensor:
 
 
 class UnitCopy(nn.Module):
-    """A unit with parameters of its own: the network's code on copies of the modules it uses."""
+    """A unit with parameters of its own: the network's code on copies of the modules it uses.
+
+    Attributes:
+        overwrites: Whether it changes its input in place.
+    """
+
+    overwrites = False
 
     def __init__(self, unit: Body, fresh: bool) -> None:
         super().__init__()

@@ -123,7 +123,9 @@ class Body(nn.Module):
         units: What each unit (or piece of a unit) inside reads, in order; paths as in `used`.
 
     Attributes:
-        in_place: Whether its first operation changes the hidden state it receives in place.
+        in_place: Whether it changes the hidden state it receives in place.
+        overwrites: Whether it changes any of the values it takes in place.
+        num_inputs: Number of values it takes.
         num_carried: Number of values it takes besides the hidden state.
         out_features: Features of the network's output, for the body that makes it.
     """
@@ -149,8 +151,8 @@ class Body(nn.Module):
         self.buffer_names = tuple(buffers)
         self.used = tuple(used)
         self.units = tuple(tuple(unit) for unit in units)
-        self.in_place = False
-        self.num_carried = 0
+        self.in_place = self.overwrites = False
+        self.num_inputs = self.num_carried = 0
         self.out_features: int | None = None
 
     def forward(self, *values: Any) -> Any:
@@ -178,6 +180,13 @@ class Body(nn.Module):
         """All modules of the network that the body calls, with the modules inside them."""
         originals = [self.original(path) for path in self.used]
         return [m for o in originals if isinstance(o, nn.Module) for m in o.modules()]
+
+    def holders(self) -> list[nn.Module]:
+        """All modules whose own buffers the body may read or change: its layers, and glue."""
+        network = self._network[0]
+        tensors = [p for p in self.used if not isinstance(self.original(p), nn.Module)]
+        owners = [network.get_submodule(path.rpartition(".")[0]) for path in tensors]
+        return [*self.layers(), *owners]
 
     def _check_modes(self, network: nn.Module) -> None:
         for path in self._opened:

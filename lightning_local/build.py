@@ -2,119 +2,188 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_local.dryrun import on_fakes
+from lightning_local.arguments import recompute_modes
+from lightning_local.cutting import Cutter, Cutting
+from lightning_local.examples import outputs_behind
+from lightning_local.fakes import convert_fakes, faking
 from lightning_local.local_module import LocalModule
 from lightning_local.methods.base import LocalMethod
 from lightning_local.objectives import Objective
-from lightning_local.partition import Cutting, Partition, cut_network
+from lightning_local.partition import Partition, choose_points
 from lightning_local.place import Place, Unit
 from lightning_local.randomness import seed_for
+from lightning_local.trial import try_modules
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["make_local_modules", "parameters_per_module", "step_flops"]
+__all__ = ["Builder", "builder_of", "parameters_per_module", "step_flops"]
 
 
-def make_local_modules(
-    network: nn.Module,
-    request: Partition,
-    method: LocalMethod,
-    inputs: Sequence[Any],
-    *,
-    name: str,
-    criterion: Any,
-    out_features: int | None,
-    seed: int,
-) -> tuple[Cutting, list[LocalModule]]:
-    """Cuts the network and makes the heads.
+class Builder:
+    """Makes the local modules of a network, for any cut.
 
-    Each head is initialised from its own seed, on the CPU, and leaves the global generator alone.
+    Args:
+        network: The network.
+        request: Where the user wants it to be cut.
+        method: Whose heads and losses.
+        inputs: The network's positional inputs, of any batch size.
+        name: The network's name in errors.
+        criterion: The heads' task loss.
+        out_features: Number of their outputs, None for the network's.
+        seed: Each head is initialised from its own, on the CPU, and leaves the global generator
+            alone.
+
+    Attributes:
+        cutter: The traced network.
 
     Raises:
-        ValueError: The network can't be cut as asked, or the heads' size can't be seen.
+        ValueError: The network can't be cut as asked.
     """
-    assert method.head is not None
-    first = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    # The data may be in the precision that the network will have once the fit starts.
-    inputs = [
-        v.to(first.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for v in inputs
-    ]
-    cutting = cut_network(
-        network,
-        request,
-        inputs,
-        tail_units=method.head.tail_units,
-        name=name,
-    )
-    if len(cutting.bodies) == 1:
-        rank_zero_warn(
-            f"`{name}` has one unit, so it is trained end to end, without local modules: "
-            "Partition(granularity='finest') or explicit split points may cut it."
-        )
-    features, pools = _output_form(cutting.output, out_features, name)
-    embedding = method.loss.embedding
-    given = inputs[0] if inputs and isinstance(inputs[0], torch.Tensor) else None
-    shape = None if given is None else torch.empty_like(given, device="meta")
-    units = [
-        Unit(
-            body,
-            cutting.unit_boundaries[u - 1],
-            (*cutting.unit_boundaries, None)[u],
-            last=u == len(cutting.units) - 1,
-        )
-        for u, body in enumerate(cutting.units)
-        if u > 0
-    ]
-    rank = cutting.output.ndim if isinstance(cutting.output, torch.Tensor) else None
-    scalar = rank == 1 and out_features is None
-    modules = []
-    num_modules = len(cutting.bodies)
-    for k, body in enumerate(cutting.bodies[:-1]):
-        unit = cutting.last_unit[k]
-        form, later = cutting.boundaries[k], units[unit:]
-        place = Place(k, num_modules, form, features, pools, unit, later, shape)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed_for(seed, -2 - k))
+
+    def __init__(
+        self,
+        network: nn.Module,
+        request: Partition,
+        method: LocalMethod,
+        inputs: Sequence[Any],
+        *,
+        name: str,
+        criterion: Any,
+        out_features: int | None,
+        seed: int,
+    ) -> None:
+        self.network, self.request, self.method, self.name = network, request, method, name
+        self._criterion, self._out_features, self._seed = criterion, out_features, seed
+        floating = (p for p in network.parameters() if p.is_floating_point())
+        self._like = next(floating, torch.empty(0))
+        # The data may be in the precision that the network will have once the fit starts.
+        self.inputs = [
+            v.to(self._like.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for v in inputs
+        ]
+        self.cutter = Cutter(network, request, self.inputs, name)
+
+    def points(self, request: Partition | None = None) -> tuple[str, ...]:
+        """Split points of a request whose local modules have equal numbers of units."""
+        request = request or self.request
+        if request.split_points is not None:
+            return tuple(request.split_points)
+        tail = self.method.head.tail_units if self.method.head is not None else 0
+        return choose_points(self.cutter.unit_points, request, tail, self.name)
+
+    def make(
+        self,
+        points: Sequence[str],
+        recompute: str | Mapping[int, str] = "none",
+        fakes: FakeTensorMode | None = None,
+    ) -> tuple[Cutting, list[LocalModule]]:
+        """Cuts, and makes the heads.
+
+        Args:
+            points: Where to cut.
+            recompute: See `LocalLearner`.
+            fakes: For heads without memory, whose tensors are of this mode.
+
+        Raises:
+            ValueError: It can't be cut there, the heads' size can't be seen, or `recompute` names
+                a local module that is not there.
+        """
+        cutting = self.cutter.cut(points)
+        modules = self._with_heads(cutting, fakes)
+        modes = recompute_modes(recompute, len(modules))
+        for module, mode, pieces in zip(modules, modes, cutting.pieces, strict=True):
+            module.recompute = mode
+            module.pieces = pieces if mode == "blocks" else ()
+        try_modules(self.network, modules, self.inputs, fakes)
+        return cutting, modules
+
+    def whole(self, points: Sequence[str]) -> LocalModule:
+        """The network as one module that recomputes the stretches between `points`."""
+        module = LocalModule(self.cutter.cut(()).bodies[0], None, None)
+        module.recompute, module.pieces = "blocks", self.cutter.stretches(points)
+        try_modules(self.network, [module], self.inputs)
+        return module
+
+    def _with_heads(self, cutting: Cutting, fakes: FakeTensorMode | None) -> list[LocalModule]:
+        """Makes the heads, with the type of the network and where it is."""
+        last = LocalModule(cutting.bodies[-1], None, None)
+        return [*(self.head_at(cutting, k, fakes) for k in range(len(cutting.bodies) - 1)), last]
+
+    def head_at(self, cutting: Cutting, k: int, fakes: FakeTensorMode | None = None) -> LocalModule:
+        """Local module k, which is not the last, with its head."""
+        method, seed = self.method, seed_for(self._seed, -2 - k)
+        assert method.head is not None
+        features, pools = _output_form(cutting.output, self._out_features, self.name)
+        place = self._place(cutting, k, features, pools)
+        embedding = method.loss.embedding
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), faking(fakes):
+            torch.default_generator.manual_seed(seed)
             head: nn.Module = nn.Identity()
             if embedding is None or embedding > 0:
                 size = features if embedding is None else embedding
                 head = method.head.build(dataclasses.replace(place, out_features=size))
-                if embedding is None and scalar:
+                rank = cutting.output.ndim if isinstance(cutting.output, torch.Tensor) else None
+                if embedding is None and rank == 1 and self._out_features is None:
                     head = nn.Sequential(head, nn.Flatten(0))
-            objective = method.loss.build(place, criterion)
+            objective = method.loss.build(place, self._criterion)
             if not isinstance(objective, Objective):
+                kinds = type(method.loss).__name__, type(objective).__name__
                 raise TypeError(
-                    f"{type(method.loss).__name__}.build returned a {type(objective).__name__}: it "
-                    "has to return a losses.Objective."
+                    f"{kinds[0]}.build returned a {kinds[1]}: it has to return a losses.Objective."
                 )
             for each in (head, objective):
-                each.to(first.device, first.dtype)
-        modules.append(LocalModule(body, head, objective))
-    modules.append(LocalModule(cutting.bodies[-1], None, None))
-    _dry_run(network, modules, inputs)
-    return cutting, modules
+                if fakes is None:
+                    each.to(self._like.device, self._like.dtype)
+                else:
+                    convert_fakes(each, self._like.dtype)
+        return LocalModule(cutting.bodies[k], head, objective)
+
+    def _place(self, cutting: Cutting, k: int, features: int, pools: bool) -> Place:
+        given = self.inputs[0] if self.inputs else None
+        shape = torch.empty_like(given, device="meta") if isinstance(given, torch.Tensor) else None
+        unit, last = cutting.last_unit[k], len(cutting.units) - 1
+        forms = (*cutting.unit_boundaries, None)
+        later = [
+            Unit(cutting.units[u], forms[u - 1], forms[u], last=u == last)
+            for u in range(unit + 1, last + 1)
+        ]
+        form = cutting.boundaries[k]
+        return Place(k, len(cutting.bodies), form, features, pools, unit, later, shape)
+
+
+def builder_of(learner: LocalLearner, inputs: Any, partition: Partition, seed: int) -> Builder:
+    """What makes a learner's local modules, for inputs of its network."""
+    return Builder(
+        learner.network,
+        partition,
+        learner.method,
+        inputs,
+        name=learner.network_name,
+        criterion=learner._criterion[0],
+        out_features=learner.out_features or outputs_behind(learner, inputs),
+        seed=seed,
+    )
 
 
 def step_flops(learner: LocalLearner) -> list[float]:
-    """FLOPs of a training step of each local module, per sample; backwards by formula."""
-    flops = []
+    """FLOPs of a training step of each local module, per sample; backwards by formula.
+
+    What is computed twice to save memory is not counted.
+    """
+    coupling, flops = learner.method.coupling, []
     for k, module in enumerate(learner.modules_in_order()):
         body, head = module.body_flops, module.head_flops
         units = max(1, len(module.body.units))
-        backward = learner.method.coupling.backward_flops(body, head, units=units, first=k == 0)
+        backward = coupling.backward_flops(body, head, units=units, first=k == 0)
         flops.append(body + head + backward)
     return flops
 
@@ -127,7 +196,7 @@ def parameters_per_module(
     What lies outside the network belongs to the last local module; without local modules,
     everything belongs to the one there is.
     """
-    if not modules:
+    if len(modules) < 2:
         return [list(module.parameters())], [[]]
     bodies = [list(each.body.parameters()) for each in modules]
     taken = {id(p) for parameters in bodies for p in parameters}
@@ -151,49 +220,3 @@ def _output_form(output: Any, out_features: int | None, name: str) -> tuple[int,
         "or one per token, (N, T, V). Pass LocalLearner(out_features=...) for heads that predict "
         "per sample, with a criterion that takes (N, out_features)."
     )
-
-
-def _dry_run(network: nn.Module, modules: Sequence[LocalModule], inputs: Any) -> None:
-    """Finds what only running tells: what is overwritten in place, and what a forward costs.
-
-    A tensor's version counts what was done to it in place.
-    """
-    with torch.random.fork_rng(devices=[]):
-        heads = [copy.deepcopy(module.head) for module in modules]
-        others = [
-            copy.deepcopy(module.objective.networks()) if module.objective is not None else []
-            for module in modules
-        ]
-
-    def run(host: nn.Module, *values: Any) -> None:
-        current: tuple[Any, ...] = values
-        first = values[0]
-        samples = first.shape[0] if isinstance(first, torch.Tensor) and first.ndim else 1
-        for module, head, more in zip(modules, heads, others, strict=True):
-            body = module.body
-            given = [v for v in current[:1] if isinstance(v, torch.Tensor)]
-            before = [v._version for v in given]
-            with FlopCounterMode(display=False) as counter:
-                current = body.codes[True].function(host, *current)
-            module.body_flops = counter.get_total_flops() // samples
-            body.in_place = before != [v._version for v in given]
-            if head is None:
-                return
-            version = current[0]._version
-            with FlopCounterMode(display=False) as counter:
-                _fake_head(head, current[0])
-                module.head_in_place = current[0]._version != version
-                for each in more:
-                    _fake_head(each, current[0])
-            module.head_flops = counter.get_total_flops() // samples
-
-    on_fakes(network, run, inputs)
-
-
-def _fake_head(head: nn.Module, hidden: torch.Tensor) -> None:
-    """Runs a head on fakes of its own parameters, made in the mode that is active."""
-    tensors = {**dict(head.named_parameters()), **dict(head.named_buffers())}
-    if isinstance(hidden, FakeTensor):
-        mode = hidden.fake_mode
-        tensors = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-    torch.func.functional_call(head, tensors, (hidden,))

@@ -93,6 +93,12 @@ class LocalCLI(LightningCLI):
         made.__doc__ = module_class.__doc__
         return make
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """As Lightning's, with a word on what is no method of the Trainer."""
+        parser = super().init_parser(**kwargs)
+        parser.epilog = "lightning-local plan --help: predicts memory and recommends a partition."
+        return parser
+
     def _add_instantiators(self) -> None:
         """As Lightning's, with the module inside a learner having its own hyper-parameters."""
         super()._add_instantiators()
@@ -183,7 +189,7 @@ def _suggestion(message: str) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs `fit`, `validate`, `test` or `predict`.
+    """Runs `fit`, `validate`, `test`, `predict` or `plan`.
 
     Args:
         args: Command line without the program's name; default the process's.
@@ -192,4 +198,10 @@ def main(args: list[str] | None = None) -> None:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["plan"]:
+        # Not a method of the Trainer, whose devices need not be here.
+        from lightning_local.plan_command import run_plan
+
+        sys.exit(run_plan(given[1:]))
     LocalCLI(args=args)

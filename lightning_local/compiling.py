@@ -40,7 +40,7 @@ class Compiled:
         chosen = modules[:1] if coupling.second_derivative else modules
         for module in chosen:
             self._targets += [m for m in (module.body, module.head) if m is not None]
-        if not modules:
+        if learner.num_modules == 1 and all(m.recompute == "none" for m in modules):
             self._targets = [learner.network]
         if len(chosen) < len(modules):
             rank_zero_warn(

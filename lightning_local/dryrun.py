@@ -85,7 +85,11 @@ class _Host(nn.Module):
 
 
 def on_fakes(
-    network: nn.Module, function: Callable[..., Any], inputs: Sequence[Any], training: bool = True
+    network: nn.Module,
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    training: bool = True,
+    mode: FakeTensorMode | None = None,
 ) -> Any:
     """Calls `function(network, *inputs)` with fake copies of all tensors.
 
@@ -96,10 +100,11 @@ def on_fakes(
         function: What to run; must reach the network only through its first argument.
         inputs: Real inputs; a batch of one sample is doubled, as BatchNorm needs two.
         training: The mode to run in.
+        mode: Of the fakes, if some exist already.
     """
     if isinstance(inputs[0], torch.Tensor) and inputs[0].shape[:1] == (1,):
         inputs = [_two_samples(value) for value in inputs]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with (
             attributes_kept(network),

@@ -28,7 +28,7 @@ from lightning_local.wrapping import as_inputs
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["example_inputs", "let_go", "outputs_behind"]
+__all__ = ["batch_size", "example_inputs", "let_go", "outputs_behind", "samples_of"]
 
 _logger = logging.getLogger(__name__)
 _SET_ONE = "set example_input_array in the wrapped module"
@@ -49,6 +49,29 @@ def example_inputs(learner: LocalLearner) -> tuple[Any, ...]:
         batch = _two_samples(loader)
         batch = learner._apply_batch_transfer_handler(batch, device=device)
         return as_inputs(learner.unpack(batch)[0])
+
+
+def batch_size(learner: LocalLearner) -> int | None:
+    """Number of samples in a batch, where the training dataloader tells."""
+    try:
+        loader = _loader(learner)
+    except ValueError:
+        return None
+    return _size_of(loader)
+
+
+def samples_of(loader: Any) -> tuple[Any, int | None]:
+    """A batch of two samples, and how many a batch of the loader has."""
+    with isolate_rng():
+        return _two_samples(loader), _size_of(loader)
+
+
+def _size_of(loader: Any) -> int | None:
+    for owner in (loader, getattr(loader, "batch_sampler", None)):
+        size = getattr(owner, "batch_size", None)
+        if isinstance(size, int):
+            return size
+    return None
 
 
 def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None:

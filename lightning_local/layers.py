@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from lightning_local.recompute import recomputing
 
 __all__ = [
     "ADAPTIVE",
@@ -19,6 +21,7 @@ __all__ = [
     "ChannelsFirst",
     "FixedSize",
     "Pool",
+    "norm_relu_conv",
     "without_autocast",
 ]
 
@@ -57,6 +60,52 @@ def _running_norm(norm: nn.modules.batchnorm._BatchNorm, input: torch.Tensor) ->
     return functional.batch_norm(
         input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
     )
+
+
+def norm_relu_conv(input: torch.Tensor, norm: BatchNorm2d, conv: nn.Conv2d) -> torch.Tensor:
+    """`conv(relu(norm(input)))`, which keeps its input for the backward, not what is in between.
+
+    The norm runs once more in the backward, on the same values, so gradients are the same bits. A
+    compiler decides by itself what it keeps.
+    """
+    normed: torch.Tensor = norm(input)
+    hooks: AbstractContextManager[object] = nullcontext()
+    # One number per channel is normed by running statistics, which will be others by then.
+    again = norm.training and torch.is_grad_enabled() and input.numel() > input.shape[1]
+    # Statistics over several devices are not the input's own.
+    again = again and type(norm) is BatchNorm2d
+    if again and not torch.compiler.is_compiling() and not recomputing():
+        middle = _Middle(input.detach(), norm, normed)
+        hooks = torch.autograd.graph.saved_tensors_hooks(middle.pack, middle.unpack)
+    with hooks:
+        result: torch.Tensor = conv(functional.relu_(normed))
+    return result
+
+
+class _Middle:
+    """What lies between a norm and a convolution: made anew when a backward asks for it."""
+
+    def __init__(self, input: torch.Tensor, norm: BatchNorm2d, middle: torch.Tensor) -> None:
+        self._input, self._weights, self._eps = input, (norm.weight, norm.bias), norm.eps
+        self._storage = middle.untyped_storage()._cdata
+        self._made: torch.Tensor | None = None
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Nothing is kept of the middle."""
+        return None if tensor.untyped_storage()._cdata == self._storage else tensor
+
+    def unpack(self, kept: torch.Tensor | None) -> torch.Tensor:
+        """What was packed; the convolution asks first, then the activation, which is the same."""
+        if kept is not None:
+            return kept
+        made, self._made = self._made, None
+        if made is None:
+            with torch.no_grad():
+                made = functional.batch_norm(
+                    self._input, None, None, *self._weights, training=True, eps=self._eps
+                )
+                self._made = functional.relu_(made)
+        return made
 
 
 class FixedSize(nn.Module):

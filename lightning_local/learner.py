@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_local import arguments, hooks, optim, state
-from lightning_local.build import make_local_modules, parameters_per_module
+from lightning_local import arguments, build, hooks, optim, state
+from lightning_local.balancing import split_points
 from lightning_local.callbacks import callbacks_of, wants_heads, with_ours
-from lightning_local.examples import example_inputs, let_go, outputs_behind
+from lightning_local.examples import batch_size, example_inputs, let_go
 from lightning_local.guarding import guard_loading, unguard_loading
 from lightning_local.head_accuracy import AfterHeads, HeadAccuracy
 from lightning_local.hooks import call_hook
@@ -55,6 +55,10 @@ class LocalLearner(Wrapper):
         optimizer: Function from parameters to an optimizer, called per local module; default the
             user's own optimizer, cloned per local module with groups and schedulers.
         lr_scheduler: Function from an optimizer to a scheduler (per epoch); needs `optimizer`.
+        recompute: Activations that are computed once more in the backward instead of being kept,
+            without any change of results: `"none"`; `"blocks"`, by each unit; `"body"`, by each
+            local module's whole body, behind its head's backward; a list of the local modules that
+            recompute their bodies, or a dict such as `{0: "blocks", 3: "body"}`.
         compile: Compile each body and head with `torch.compile`; a method that differentiates local
             modules twice (SGR) leaves those eager, and says so.
 
@@ -82,16 +86,18 @@ class LocalLearner(Wrapper):
         out_features: int | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        recompute: str | list[int] | dict[int, str] = "none",
         compile: bool = False,
     ) -> None:
         hooks.check_module(module)
         super().__init__(module)
         self.method, self.partition = arguments.method_and_partition(method, partition)
         arguments.check_options(out_features, optimizer, lr_scheduler)
+        self.recompute = arguments.check_recompute(recompute)
         self.automatic_optimization = False
         end_to_end = arguments.ends_to_end(self.partition)
-        self._network_given = "." if end_to_end and network is None and not compile else network
-        self.network_name = ""
+        self.whole = end_to_end and self.recompute == "none"  # nothing is to be cut
+        self._network_given = "." if self.whole and network is None and not compile else network
         try:
             self._find_network()
         except ValueError:
@@ -111,6 +117,7 @@ class LocalLearner(Wrapper):
         self.cutting: Any = None
         self.streams = Streams(0, 1)
         self.batches = 0
+        self.planned_batch_size: int | None = None
         self.num_modules = 1 if end_to_end else 0  # 0 until the network is cut
         self.loop: TrainingLoop | None = None
         self.head_accuracy: HeadAccuracy | None = None
@@ -130,13 +137,6 @@ class LocalLearner(Wrapper):
             network = self.module if name == "." else self.module.get_submodule(name)
             check_names(network, self.partition, name)
         self.network_name = name
-
-    @property
-    def network(self) -> nn.Module:
-        """The module that is cut."""
-        if self.network_name == ".":
-            return self.module
-        return self.module.get_submodule(self.network_name)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is no part of the run that goes on."""
@@ -196,11 +196,13 @@ class LocalLearner(Wrapper):
             self._find_network()
         wanted = stage == "fit" or (stage != "predict" and wants_heads(callbacks_of(self.trainer)))
         wanted |= not (self.links.first and self.links.last)
-        if wanted and self.num_modules != 1 and self.cutting is None:
+        if wanted and not self.whole and self.cutting is None:
             self.build(*self.examples())
 
     def examples(self) -> Any:
         """Inputs of the network, found where the data are read."""
+        if self.partition.balance != "units":
+            self.planned_batch_size = self.links.from_first(lambda: batch_size(self))
         return self.links.from_first(lambda: example_inputs(self))
 
     def build(self, *inputs: Any, partition: Partition | None = None) -> None:
@@ -214,16 +216,8 @@ class LocalLearner(Wrapper):
             ValueError: The network can't be cut as asked.
         """
         seed = self.links.from_first(torch.initial_seed)
-        self.cutting, modules = make_local_modules(
-            self.network,
-            partition or self.partition,
-            self.method,
-            inputs,
-            name=self.network_name,
-            criterion=self._criterion[0],
-            out_features=self.out_features or outputs_behind(self, inputs),
-            seed=seed,
-        )
+        builder = build.builder_of(self, inputs, partition or self.partition, seed)
+        self.cutting, modules = builder.make(split_points(self, builder), self.recompute)
         self.local_modules = nn.ModuleList(modules)
         self.split_points = self.cutting.split_points
         self.num_modules = len(modules)
@@ -244,7 +238,7 @@ class LocalLearner(Wrapper):
 
     def parameters_per_module(self) -> tuple[list[list[nn.Parameter]], list[list[nn.Parameter]]]:
         """For each local module its parameters of the user's module, and those of its head."""
-        return parameters_per_module(self.module, self.modules_in_order())
+        return build.parameters_per_module(self.module, self.modules_in_order())
 
     def modules_in_order(self) -> list[LocalModule]:
         """The K local modules; empty for a learner that trains end to end."""

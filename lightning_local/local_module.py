@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_local.augmented import ResidualBlock, UnitCopy
 from lightning_local.body import Body
 from lightning_local.objectives import Objective
+from lightning_local.recompute import recomputed
 
-__all__ = ["LocalModule"]
+__all__ = ["RECOMPUTE", "LocalModule"]
+
+RECOMPUTE = ("none", "blocks", "body")
 
 
 class LocalModule(nn.Module):
@@ -27,6 +31,11 @@ class LocalModule(nn.Module):
         body_flops: Forward FLOPs of the body per sample: those of matrix products, convolutions
             and attention, a multiplication and an addition counting two.
         head_flops: The same of the head and what else the local loss runs.
+        recompute: Which activations a backward computes anew: `"none"`; `"body"`, all of the body,
+            so that those of body and head are never alive together; `"blocks"`, each unit of the
+            body and each unit that the head imitates by itself.
+        keeps: Nothing is computed twice now: gradients are differentiated again, and need it all.
+        pieces: The body's units as bodies of their own, for `"blocks"`; empty if it has one.
     """
 
     def __init__(self, body: Body, head: nn.Module | None, objective: Objective | None) -> None:
@@ -37,10 +46,22 @@ class LocalModule(nn.Module):
         self.head_in_place = False
         self.body_flops = 0
         self.head_flops = 0
+        self.recompute = "none"
+        self.keeps = False
+        self.pieces: tuple[Body, ...] = ()
 
     def forward(self, *values: Any) -> Any:
         """Runs the body: see `Body.forward`."""
-        return self.body(*values)
+        if not self._recomputes:
+            return self.body(*values)
+        result: Any = values
+        for piece in self.pieces or (self.body,):
+            result = recomputed(piece, piece.holders(), result, piece.overwrites)
+        return result
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.recompute != "none" and not self.keeps and torch.is_grad_enabled()
 
     @property
     def predicts(self) -> bool:
@@ -53,5 +74,19 @@ class LocalModule(nn.Module):
         Under some losses it is no prediction (see `predicts`).
         """
         assert self.head is not None
+        if self.recompute == "blocks" and self._recomputes:
+            return self._predict_by_blocks(hidden)
         output: torch.Tensor = self.head(hidden.clone() if self.head_in_place else hidden)
         return output
+
+    def _predict_by_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.head is not None
+        layers = list(self.head) if isinstance(self.head, nn.Sequential) else [self.head]
+        if self.head_in_place:
+            hidden = hidden.clone()
+        for layer in layers:
+            if isinstance(layer, (ResidualBlock, UnitCopy)):
+                hidden = recomputed(layer, layer.modules(), (hidden,), layer.overwrites)
+            else:
+                hidden = layer(hidden)
+        return hidden

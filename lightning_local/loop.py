@@ -1,31 +1,19 @@
-"""The one training loop of local learning. It serves one process and many.
-
-For each local module k that lives here, in order (numbers are cited in the code):
-
-    1 receive   the message of k-1: hidden state, target, batch, (boundary gradient)
-    2 forward   body and head of k give l_k; the last one's l_k is the user's training_step
-    3 prepare   what the coupling must know before the message can leave
-    4 send      the detached hidden state to k+1
-    5 backward  of l_k; its graph is freed (kept for one neighbour by a backward link)
-    6 return    the boundary error to k-1, if the coupling has one
-    7 link      k takes the error of k+1; a module of such a coupling steps one behind
-    8 step      k's own optimizer; gradients are released
-
-x_k is computed before k steps: neither the order of steps nor a module's place changes numbers.
-"""
+"""The training loop of a fit: what the Trainer asks of the steps in `batch_loop.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_local.batch_loop import BatchLoop
 from lightning_local.compiling import Compiled
 from lightning_local.couplings import Work
 from lightning_local.first_batch import check_graph, first_loss
+from lightning_local.local_module import LocalModule
 from lightning_local.message import Message
 from lightning_local.meter import existing
 from lightning_local.metrics import LocalMetrics
@@ -36,7 +24,7 @@ from lightning_local.saving import SavingByStep
 from lightning_local.schedules import Schedules
 from lightning_local.state import Resumed
 from lightning_local.stepping import Stepping
-from lightning_local.substitute import Expected, Substitute
+from lightning_local.substitute import Expected, Substitute, in_order, replaced
 from lightning_local.watching import Watch
 from lightning_local.wrapping import as_inputs, run_step
 
@@ -46,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["TrainingLoop"]
 
 
-class TrainingLoop:
+class TrainingLoop(BatchLoop):
     """Runs batches through the local modules of one fit.
 
     Args:
@@ -54,18 +42,15 @@ class TrainingLoop:
     """
 
     def __init__(self, learner: LocalLearner) -> None:
+        super().__init__(learner.modules_in_order(), learner.method.coupling, learner.links)
         self.learner = learner
         self.trainer = learner.trainer
         self.device = learner.device
-        self.num_modules = learner.num_modules
-        self.owned = learner.links.owned(self.num_modules)
         self.metrics = LocalMetrics(self.num_modules, self.device)
         self.scalers = LossScalers(self.trainer, self.num_modules)
         self._compiled = Compiled(learner)
-        self.coupling = learner.method.coupling
         self.stepping = Stepping(learner, self.scalers, self.owned)
         self.watch = Watch(self.trainer, self.num_modules)
-        self._modules = learner.modules_in_order()
         self._first = True
         self._random: dict[str, Any] | None = None
         self._dtype = torch.get_default_dtype()
@@ -76,6 +61,12 @@ class TrainingLoop:
         self.schedules = Schedules(learner, learner.configs)
         self._saving = SavingByStep(learner)
         self._publisher = Publisher(self.trainer)
+        if self.coupling.second_derivative and any(m.recompute != "none" for m in self.modules[1:]):
+            rank_zero_warn(
+                f"recompute={learner.recompute!r}: {type(self.coupling).__name__} differentiates "
+                "local modules twice, which needs all their activations, so they are kept in these "
+                "batches."
+            )
 
     def resume(self, resumed: Resumed) -> None:
         """Goes on where a checkpoint was saved."""
@@ -98,7 +89,7 @@ class TrainingLoop:
 
     def check_losses(self) -> None:
         """Raises for a loss that was not finite, unless a loss scaler skips such steps."""
-        with self.learner.links.reasons():
+        with self.links.reasons():
             self.metrics.check(losses=not self.scalers.scaling)
 
     def close(self) -> None:
@@ -127,25 +118,15 @@ class TrainingLoop:
         learner = self.learner
         self.stepping.start(batch_idx)
         self._random = None
-        if learner.links.first:
+        self.step_number = learner.batches
+        if self.links.first:
             unpacked, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
             inputs = as_inputs(unpacked)
             self._expected = Expected.of(inputs)
             given = inputs[0] if self.num_modules > 1 and learner.method.loss.needs_input else None
-            learner.links.hide(inputs)
-            learner.links.send(0, Message(inputs, target, batch, batch_idx, given))
-        waiting: tuple[int, Work] | None = None
-        for k in self.owned:
-            work = self._start(k)
-            if waiting is not None:
-                self._finish(*waiting)
-                waiting = None
-            if (self.coupling.returns_error and k < self.num_modules - 1) or self._means:
-                waiting = (k, work)
-            else:
-                self._finish(k, work)
-        if waiting is not None:
-            self._finish(*waiting)
+            self.links.hide(inputs)
+            self.links.send(0, Message(inputs, target, batch, batch_idx, given))
+        self.run_modules()
         self._first = False
         self.stepping.end()
         self.metrics.close_step(learner.batches)
@@ -154,94 +135,71 @@ class TrainingLoop:
         result, self._result, self._expected = self._result, None, None
         return result
 
-    def _start(self, k: int) -> Work:
-        """Steps 1 to 6."""
-        coupling, links = self.coupling, self.learner.links
-        message = links.receive(k)  # 1
-        with (
-            self.watch.profiled(k),
-            self.learner.streams.using(k, self.device),
-            self.scalers.using(k),
-        ):
-            work, sent, output = self._forward(k, message)  # 2
-            if work.loss is None:  # the user's step skips this batch
-                self._average(k)
-                return work
-            loss = work.loss.detach()
-            with outside_precision(self.device, self._dtype):
-                gradient = coupling.prepare(work)  # 3
-                if k < self.num_modules - 1:
-                    onward = (message.target, message.batch, message.batch_idx, message.input)
-                    links.send(k + 1, Message(sent, *onward, gradient))  # 4
-                error = coupling.backward(work)  # 5
-            if error is not None:
-                links.return_error(k - 1, error)  # 6
-            self.metrics.update(k, loss, output, message.target, work.penalty)
-        if not coupling.returns_error:
-            work.hidden = work.input = work.received = None
-            self._average(k)
-        return work
+    @contextmanager
+    def around(self, k: int) -> Iterator[None]:
+        """Local module k's marks for profilers, random numbers and loss scaler."""
+        streams = self.learner.streams
+        with self.watch.profiled(k), streams.using(k, self.device), self.scalers.using(k):
+            yield
 
-    def _forward(self, k: int, message: Message) -> tuple[Work, tuple[Any, ...], Any]:
-        """Step 2: the local loss, what goes on to the next local module, and the prediction."""
-        learner = self.learner
-        last = k == self.num_modules - 1
-        values, leaf = message.values, None
-        module = self._modules[k] if self.num_modules > 1 else None
-        leaves = self.coupling.wants_input(k, learner.batches)
-        if leaves:
-            leaf = values[0].detach().requires_grad_()
-            values = (leaf, *values[1:])
-        if module is not None and module.body.in_place and (k == 0 or leaf is not None):
-            # What the body overwrites is the user's batch, or a leaf, which autograd forbids.
-            values = (values[0].clone(), *values[1:])
-        hidden, sent = None, ()
-        with ExitStack() as stack:
-            if self.coupling.second_derivative and leaves:
-                # The fused attention kernels have no second derivative.
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            loss: torch.Tensor | None
-            if module is None:
-                loss, output = self._users_step(message), None
-                self.stepping.before_backward()
-            elif last:
-                if self._expected is None:
-                    self._expected = Expected.of(as_inputs(learner.unpack(message.batch)[0]))
-                network = Substitute(
-                    learner.network, lambda: module(*values), self._expected, self._first
-                )
-                with network.active():
-                    loss = self._users_step(message)
-                output = network.output
-                self.metrics.note_changed(network.changed)
-            else:
-                hidden, *carried = module(*values)
-                if self.coupling.needs_input_gradient and not hidden.requires_grad:
-                    hidden.requires_grad_()  # a frozen body; its head's gradient is still asked for
-                output = module.predict(hidden)
-                assert module.objective is not None
-                if self._first:
-                    loss = first_loss(module, output, hidden, message, learner.default_criterion)
-                else:
-                    loss = module.objective(output, hidden, message.target, message.input)
-                if not module.predicts:
-                    output = None
-                sent = (hidden.detach(), *carried)
-        if self._first and leaves and loss is not None:
-            check_graph(loss)
-        if isinstance(output, torch.Tensor):
-            output = output.detach()
-        work = Work(
-            loss=loss,
-            input=leaf,
-            hidden=hidden,
-            received=message.gradient,
-            tail=module.body.tail if module is not None else lambda length: (),
-            run_backward=self._backward,
-            scale=self.scalers.factor(k, self.device) / self.trainer.accumulate_grad_batches,
-            step=learner.batches,
-        )
+    def around_finish(self, k: int) -> AbstractContextManager[Any]:
+        """The meter, if somebody asked for one."""
+        return self.watch.metered(k)
+
+    def outside_precision(self) -> AbstractContextManager[Any]:
+        """As automatic optimization runs backward and step."""
+        return outside_precision(self.device, self._dtype)
+
+    def forward(self, k: int, message: Message) -> tuple[Work, tuple[Any, ...], Any]:
+        """As always, with a look at the first graph that is differentiated twice."""
+        work, sent, output = super().forward(k, message)
+        if self._first and work.input is not None and work.loss is not None:
+            check_graph(work.loss)
         return work, sent, output
+
+    def local_loss(
+        self, module: LocalModule, output: torch.Tensor, hidden: torch.Tensor, message: Message
+    ) -> torch.Tensor:
+        """The local loss, in the first batch looked at from all sides."""
+        if self._first:
+            return first_loss(module, output, hidden, message, self.learner.default_criterion)
+        return super().local_loss(module, output, hidden, message)
+
+    def last_loss(
+        self, message: Message, run: Callable[[], Any] | None
+    ) -> tuple[torch.Tensor | None, Any]:
+        """The user's `training_step`, in which `run` stands for the network."""
+        if run is None:
+            with self._recomputing():
+                loss = self._users_step(message)
+            self.stepping.before_backward()
+            return loss, None
+        if self._expected is None:
+            self._expected = Expected.of(as_inputs(self.learner.unpack(message.batch)[0]))
+        network = Substitute(self.learner.network, run, self._expected, self._first)
+        with network.active():
+            loss = self._users_step(message)
+        self.metrics.note_changed(network.changed)
+        return loss, network.output
+
+    def _recomputing(self) -> AbstractContextManager[Any]:
+        """One module that recomputes takes the network's place in the user's step."""
+        if not self.modules or self.modules[0].recompute == "none":
+            return nullcontext()
+        network, module = self.learner.network, self.modules[0]
+        forward, taken = network.forward, module.body.num_inputs
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = in_order(forward, args, kwargs)
+            if len(given) != taken:
+                raise ValueError(
+                    f"recompute={self.learner.recompute!r}: training_step calls the network with "
+                    f"{len(given)} inputs, and it was traced with {taken}: pass "
+                    "LocalLearner(unpack=...) that returns all of them."
+                )
+            return module(*given)
+
+        return replaced(network, "forward", call)
 
     def _users_step(self, message: Message) -> torch.Tensor | None:
         """Runs the user's `training_step` and keeps what it returned, as Lightning hands it on."""
@@ -258,7 +216,8 @@ class TrainingLoop:
         self._result = result
         return loss
 
-    def _backward(self, loss: torch.Tensor, **options: Any) -> None:
+    def run_backward(self, loss: torch.Tensor, **options: Any) -> None:
+        """Lightning's backward of a loss, of which an accumulation window takes its share."""
         if not loss.requires_grad and self.num_modules > 1:
             own, _ = self.learner.parameters_per_module()
             if not any(p.requires_grad for p in own[-1]):
@@ -266,22 +225,36 @@ class TrainingLoop:
         window = self.trainer.accumulate_grad_batches
         self.learner.manual_backward(loss if window == 1 else loss / window, **options)
 
-    def _average(self, k: int) -> None:
+    def scale(self, k: int) -> float | torch.Tensor:
+        """1 / accumulated batches, times the loss scale."""
+        return self.scalers.factor(k, self.device) / self.trainer.accumulate_grad_batches
+
+    def note(self, k: int, loss: torch.Tensor, output: Any, target: Any) -> None:
+        """Keeps it for the local metrics."""
+        self.metrics.update(k, loss, output, target)
+
+    def note_penalty(self, penalty: torch.Tensor | None) -> None:
+        """The same."""
+        self.metrics.add_penalty(penalty)
+
+    def averages(self, k: int) -> bool:
+        """Whether gradients of any local module here are on their way between replicas."""
+        return bool(self._means)
+
+    def start_average(self, k: int) -> None:
         """Starts to average the gradients over the replicas, after k's last backward."""
-        average = self.learner.links.average
+        average = self.links.average
         if not self.stepping.accumulates and (wait := average(k, self.stepping.parameters(k))):
             self._means[k] = wait
 
-    def _finish(self, k: int, work: Work) -> None:
-        """Steps 7 and 8."""
-        with outside_precision(self.device, self._dtype), self.watch.metered(k):
-            if self.coupling.returns_error:
-                if k < self.num_modules - 1:
-                    self.coupling.link(work, self.learner.links.await_error(k))  # 7
-                self._average(k)
-            if k in self._means:
-                self._means.pop(k)()
-            self.stepping.step(k)  # 8
+    def end_average(self, k: int) -> None:
+        """Waits for the means."""
+        if k in self._means:
+            self._means.pop(k)()
+
+    def step(self, k: int) -> None:
+        """Steps the optimizer, unless gradients are accumulated."""
+        self.stepping.step(k)
 
     def _log_window(self) -> None:
         """Logs and checks the window's means when Lightning's loggers are due."""
@@ -297,4 +270,4 @@ class TrainingLoop:
 
     def _publish(self, epoch: bool) -> None:
         if self.num_modules > 1 and not self.trainer.barebones:
-            self._publisher.publish(self.learner.links.report(self.metrics.read(epoch)))
+            self._publisher.publish(self.links.report(self.metrics.read(epoch)))

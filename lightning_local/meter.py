@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,26 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["LiveBytes", "Meter", "existing"]
+__all__ = ["LiveBytes", "Meter", "Origin", "existing"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a storage came from.
+
+    Attributes:
+        size: Bytes.
+        shape: Of the tensor that was seen first.
+        dtype: Its type.
+        made_by: The operation that made it; `"given"` for a tensor that was there before.
+        place: What ran, as `LiveBytes.place` said.
+    """
+
+    size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    made_by: str
+    place: str
 
 
 # torch leaves TorchDispatchMode untyped, hence the two ignores.
@@ -26,20 +46,27 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         seed: Tensors that exist already, such as a model's parameters and buffers.
+        look_at: A number of bytes; what is alive when it is reached first is kept in `alive`.
 
     Attributes:
         live: Bytes alive now.
         peak: The most that were alive at once; may be set back.
+        place: What runs now, for `alive`.
+        alive: The storages alive when `look_at` was reached, largest first.
     """
 
-    def __init__(self, seed: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, seed: Iterable[torch.Tensor] = (), look_at: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
+        self.place = ""
+        self.alive: list[Origin] = []
+        self._look_at = look_at
         self._sizes: dict[int, int] = {}
+        self._origins: dict[int, Origin] = {}
         for tensor in seed:
-            self._note(tensor)
+            self._note(tensor, "given")
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    def _note(self, tensor: torch.Tensor, made_by: str) -> None:
         if tensor.layout != torch.strided:
             return  # a sparse tensor's storages are those of its indices and values
         storage = tensor.untyped_storage()
@@ -51,9 +78,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live += size - self._sizes[key]
         self._sizes[key] = size
         self.peak = max(self.peak, self.live)
+        if self._look_at is not None:
+            if size and (key not in self._origins or self._origins[key].size != size):
+                shape = tuple(tensor.shape)
+                self._origins[key] = Origin(size, shape, tensor.dtype, made_by, self.place)
+            if self.live >= self._look_at and not self.alive:
+                self.alive = sorted(self._origins.values(), key=lambda o: -o.size)
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+        self._origins.pop(key, None)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -62,7 +96,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._note(leaf)
+                self._note(leaf, str(function))
         return result
 
 

@@ -88,7 +88,6 @@ class LocalMetrics:
         loss: torch.Tensor,
         output: Any,
         target: Any,
-        penalty: torch.Tensor | None = None,
     ) -> None:
         """Notes what module k did in this step.
 
@@ -97,13 +96,18 @@ class LocalMetrics:
             loss: l_k, detached.
             output: The prediction, detached.
             target: The targets.
-            penalty: What the coupling added, detached.
         """
         if isinstance(output, torch.Tensor) and output.numel() > _SMALL:
             if countable(output, target):
                 self._count_hits([k], output[None], target)
             output = None
-        self._noted.append((k, loss, penalty, output, target))
+        self._noted.append((k, loss, None, output, target))
+
+    def add_penalty(self, penalty: torch.Tensor | None) -> None:
+        """Notes what the coupling added to the last module's loss that was noted, detached."""
+        if penalty is not None:
+            k, loss, _, output, target = self._noted[-1]
+            self._noted[-1] = (k, loss, penalty, output, target)
 
     def _count(self, kind: int, ks: list[int], values: torch.Tensor) -> None:
         _put(self._rows[self._filled, kind], ks, values)

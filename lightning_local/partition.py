@@ -1,7 +1,4 @@
-"""Cuts any network into bodies that compose back to it exactly.
-
-Here: what a user asks for (`Partition`), which cuts follow from it, and the cut network. What a
-unit is stands in `units.py`, how glue is traced in `tracing.py`, the code that runs in `body.py`.
+"""What a user asks for (`Partition`), and which cuts follow from it; `cutting.py` cuts.
 
 Legend: n units, K local modules; a split point is the name of a submodule after which to cut.
 """
@@ -9,21 +6,12 @@ Legend: n units, K local modules; a split point is the name of a submodule after
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
-from lightning_local.body import Body
-from lightning_local.dryrun import Boundary, boundary, check_composition, run_values
-from lightning_local.slicing import place, slices
-from lightning_local.tracing import trace
-from lightning_local.units import find_units, has_hooks, opens_candidates
-
-__all__ = ["Cutting", "Partition", "check_names", "choose_points", "cut_network"]
+__all__ = ["Partition", "check_names", "choose_points"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +26,10 @@ class Partition:
         leaves: Paths of submodules that are never cut.
         granularity: `"blocks"` never splits a block (a module of a user's class of which a
             container holds two or more); `"finest"` may.
+        balance: What `num_modules` local modules have in equal shares: `"units"`; `"memory"`, the
+            peak of each while it trains with the learner's method; `"time"`, the FLOPs of a
+            training step. The last two move with method, network and batch size, and make the
+            largest share as small as it can be.
         layout: Where hidden states have their channels: `"auto"` finds out at each boundary,
             `"channels_first"` or `"channels_last"` says so for all.
 
@@ -54,12 +46,14 @@ class Partition:
     leaves: Sequence[str] = field(default=())
     granularity: str = "blocks"
     layout: str = "auto"
+    balance: str = "units"
 
     def __post_init__(self) -> None:
         """Checks the request."""
         for name, value, allowed in (
             ("granularity", self.granularity, ("blocks", "finest")),
             ("layout", self.layout, ("auto", "channels_first", "channels_last")),
+            ("balance", self.balance, ("units", "memory", "time")),
         ):
             if value not in allowed:
                 raise ValueError(
@@ -76,6 +70,11 @@ class Partition:
             raise ValueError(
                 f"Partition(num_modules={self.num_modules!r}): a network is cut into 1 (end to "
                 "end) or more local modules; pass a positive int, or None for one per unit."
+            )
+        if self.balance != "units" and self.num_modules is None:
+            raise ValueError(
+                f"Partition(balance={self.balance!r}) needs num_modules: one local module per unit "
+                "and explicit split points leave nothing to balance."
             )
         if self.split_points is not None:
             if self.num_modules is not None:
@@ -119,32 +118,6 @@ class Partition:
         return Partition(split_points=[str(point) for point in request])
 
 
-@dataclass(frozen=True)
-class Cutting:
-    """A cut network.
-
-    Attributes:
-        split_points: Names after which the network was cut, K - 1 of them.
-        bodies: The K bodies, in order.
-        boundaries: The form of the hidden state after each body but the last.
-        unit_points: Names after which the units end, all but the last unit.
-        units: One body per unit, for heads that imitate later units.
-        unit_boundaries: The form of what each unit returns, for all but the last unit; None where
-            it is not clear.
-        last_unit: For each body the index of the last unit that has a part in it.
-        output: What the network returns: a tensor without data, or a structure of them.
-    """
-
-    split_points: tuple[str, ...]
-    bodies: tuple[Body, ...]
-    boundaries: tuple[Boundary, ...]
-    unit_points: tuple[str, ...]
-    units: tuple[Body, ...]
-    unit_boundaries: tuple[Boundary | None, ...]
-    last_unit: tuple[int, ...]
-    output: Any
-
-
 def check_names(network: nn.Module, request: Partition, name: str) -> None:
     """What can be said about a request before anything runs.
 
@@ -174,16 +147,6 @@ def _unknown(network: nn.Module, point: str, kind: str) -> ValueError:
         f"{kind} `{point}` is no submodule of {type(network).__name__}; the closest names "
         f"are: {', '.join(close)}."
     )
-
-
-def _check_hooks(network: nn.Module, opened: Iterable[str]) -> None:
-    for path in opened:
-        if has_hooks(network.get_submodule(path)):
-            raise ValueError(
-                f"`{path or type(network).__name__}` has forward or backward hooks, and cuts lie "
-                "inside it, so that its hooks would never run: put them on a submodule that is not "
-                "cut, or keep it whole with Partition(leaves=[...])."
-            )
 
 
 def choose_points(
@@ -217,82 +180,3 @@ def choose_points(
             f"a depth of at most {n - 2 - ends[0]}, or pass explicit split points."
         )
     return tuple(units[end] for end in kept)
-
-
-def cut_network(
-    network: nn.Module,
-    request: Partition,
-    inputs: Sequence[Any],
-    *,
-    tail_units: int = 0,
-    name: str = "network",
-) -> Cutting:
-    """Cuts a network.
-
-    Args:
-        network: The network; it is not changed.
-        request: What the user asked for.
-        inputs: Its positional inputs, for the dry run; real tensors of any batch size.
-        tail_units: See `choose_points`.
-        name: The network's name in errors.
-
-    Raises:
-        ValueError: The network has no parameters, can't be traced, or can't be cut as asked.
-    """
-    check_names(network, request, name)
-    opens = opens_candidates(network, request.leaves, request.granularity)
-    coarse = trace(network, opens, training=True, num_inputs=len(inputs))
-    unit_points = find_units(network, coarse, run_values(network, coarse, inputs))
-    if request.split_points is None:
-        points = choose_points(unit_points, request, tail_units, name)
-    else:
-        points = tuple(request.split_points)
-    parts = [path.split(".") for path in (*unit_points, *points)]
-    around = {".".join(part[:end]) for part in parts for end in range(1, len(part))}
-    _check_hooks(network, ["", *sorted(around)])
-    traces = {
-        mode: trace(
-            network, lambda p, _: p in around, training=mode, num_inputs=len(inputs), strict=True
-        )
-        for mode in (True, False)
-    }
-    values = run_values(network, traces[True], inputs)
-    places = [place(network, traces[True], p) for p in points]
-    if places != sorted(set(places)):
-        ordered = dict(sorted(zip(places, points, strict=True)))
-        raise ValueError(
-            f"Split points {list(points)} are not in the order in which the network runs, or two "
-            f"name the same place: pass {list(ordered.values())}."
-        )
-    unit_places = [place(network, traces[True], p) for p in unit_points]
-    layout = request.layout
-
-    def form(point: str) -> Boundary:
-        return boundary(traces[True], values, place(network, traces[True], point), point, layout)
-
-    bodies = slices(network, traces, points, unit_points)
-    units = slices(network, traces, unit_points, unit_points, exclusive=False)
-    check_composition(network, bodies, inputs)
-    output = values.nodes[traces[True].nodes[-1]]
-    if isinstance(output, torch.Tensor) and output.ndim > 1:
-        bodies[-1].out_features = units[-1].out_features = output.shape[-1]
-    return Cutting(
-        split_points=points,
-        bodies=bodies,
-        boundaries=tuple(form(p) for p in points),
-        unit_points=tuple(unit_points),
-        units=units,
-        unit_boundaries=tuple(_form_or_none(form, p) for p in unit_points),
-        last_unit=(*(sum(u < end for u in unit_places) for end in places), len(unit_points)),
-        output=tree_map_only(
-            torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), output
-        ),
-    )
-
-
-def _form_or_none(form: Callable[[str], Boundary], point: str) -> Boundary | None:
-    """The form at a unit's end, where nobody cuts: unclear is no error unless a head needs it."""
-    try:
-        return form(point)
-    except ValueError:
-        return None

@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_local.build import step_flops
+from lightning_local.dividing import additive, divide
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
 __all__ = [
-    "blocks",
     "check_placement",
     "check_shared",
     "extra_states",
@@ -49,35 +49,6 @@ def check_placement(placement: Any) -> tuple[int, ...] | None:
     return tuple(placement)
 
 
-def blocks(costs: Sequence[float], num_stages: int) -> list[range]:
-    """Contiguous blocks, one or more per stage, whose largest cost is as small as it can be.
-
-    Of several such divisions the one that evens out the squares of the costs is taken.
-    """
-    n = len(costs)
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    # best[s][i]: (largest cost, squares, start of the last block) for the first i in s blocks.
-    best: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]
-    for s in range(1, num_stages + 1):
-        row = {}
-        for i in range(s, n - (num_stages - s) + 1):
-            choices = []
-            for j, (largest, squares, _) in best[-1].items():
-                if j < i:
-                    block = sums[i] - sums[j]
-                    choices.append((max(largest, block), squares + block * block, j))
-            row[i] = min(choices)
-        best.append(row)
-    found, stop = [], n
-    for s in range(num_stages, 0, -1):
-        start = best[s][stop][2]
-        found.append(range(start, stop))
-        stop = start
-    return found[::-1]
-
-
 def stages_of(
     learner: LocalLearner, placement: Sequence[int] | None, num_stages: int
 ) -> list[range]:
@@ -98,7 +69,7 @@ def stages_of(
         )
     if placement is None:
         costs = step_flops(learner)
-        return blocks(costs if any(costs) else [1.0] * count, num_stages)
+        return divide(additive(costs if any(costs) else [1.0] * count), num_stages)
     if len(placement) != count or placement[-1] != num_stages - 1:
         raise ValueError(
             f"LocalParallelStrategy(placement={list(placement)}) places {len(placement)} local "

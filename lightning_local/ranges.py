@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
-__all__ = ["count", "number", "one_of"]
+__all__ = ["count", "number", "one_of", "size"]
 
 
 def count(owner: str, name: str, value: int, least: int, what: str = "a whole number") -> int:
@@ -50,3 +51,24 @@ def one_of(owner: str, name: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{owner}({name}={value!r}): pass one of {list(allowed)}.")
     return value
+
+
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def size(owner: str, name: str, value: str | float) -> int:
+    """A number of bytes, such as `"8GiB"`, `"500 MB"` or `8e9`.
+
+    Raises:
+        ValueError: It is something else, or not above 0.
+    """
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if found is not None:
+        power = " kmgt".index(found[2].lower() or " ")
+        value = float(found[1]) * (1024 if found[3] else 1000) ** power
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value < 2**63:
+        raise ValueError(
+            f"{owner}({name}={value!r}): pass a number of bytes, or one with a unit such as '8GiB' "
+            "or '500MB'."
+        )
+    return int(value)

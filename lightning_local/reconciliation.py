@@ -8,7 +8,6 @@ is the boundary gradient (travels forward); g_in(k) = d l_k / d x_{k-1}.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from lightning_local.ranges import count, number, one_of
 from lightning_local.second_order import fast_second_derivatives
@@ -35,10 +34,10 @@ def gradient_distance(
     n = own.shape[0]
     own = own.flatten(1).to(torch.promote_types(own.dtype, torch.float32))
     received = received.flatten(1).to(own.dtype)
-    if distance == "squared_l2":
-        return n * functional.mse_loss(own, received, reduction="sum")
-    if distance == "mse":
-        return n**2 * functional.mse_loss(own, received)
+    if distance in ("squared_l2", "mse"):
+        # The backward of mse_loss would keep both gradients.
+        squares = (own - received).square()
+        return n * squares.sum() if distance == "squared_l2" else n**2 * squares.mean()
     unit, other = _directions(own), _directions(received)
     if distance == "cosine":
         return (1 - (unit * other).sum(1)).mean()
@@ -125,7 +124,8 @@ class GradientReconciliation(Coupling):
     def _add_penalty(self, work: Work, own: torch.Tensor) -> None:
         assert work.loss is not None
         assert work.received is not None
-        penalty = gradient_distance(own, work.received, self.distance)
+        received, work.received = work.received, None
+        penalty = gradient_distance(own, received, self.distance)
         work.penalty = penalty.detach()
         weight = self.weight * min(1.0, (work.step + 1) / self.warmup if self.warmup else 1.0)
         work.loss = work.loss + weight * penalty

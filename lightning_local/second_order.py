@@ -102,6 +102,21 @@ class _BatchNorm(torch.autograd.Function):
         return to_g, to_x, to_w, None, None, None
 
 
+class _Relu(torch.autograd.Function):
+    """h = g where y > 0; torch's own also makes zeros for the gradient of y, and adds them."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, y: Tensor, h: Sequence[Tensor]) -> Tensor:
+        """Takes h as the first backward made it, in a list that hides its graph."""
+        ctx.save_for_backward(y)
+        return h[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        """The same mask."""
+        return _aten.threshold_backward(v, ctx.saved_tensors[0], 0), None, None
+
+
 def _convolution(node: Any, g: Tensor, h: Tensor) -> Tensor:
     options = [
         list(node._saved_stride),
@@ -123,10 +138,16 @@ def _batch_norm(node: Any, g: Tensor, h: Tensor) -> Tensor:
     return made
 
 
+def _relu(node: Any, g: Tensor, h: Tensor) -> Tensor:
+    made: Tensor = _Relu.apply(g, node._saved_result, [h])
+    return made
+
+
 _FAST: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "ConvolutionBackward0": _convolution,
     "NativeBatchNormBackward0": _batch_norm,
     "CudnnBatchNormBackward0": _batch_norm,
+    "ReluBackward0": _relu,
 }
 
 

@@ -132,6 +132,8 @@ def slices(
         units = [slice_code(traces[True], a, b)[1] for a, b in _pairs(cuts)]
         opened = _modal_scopes(traces, {m: ends[m][k : k + 2] for m in traces})
         body = Body(network, train, evaluation, parameters[k], buffers[k], used[k], opened, units)
+        inputs = sum(node.op == "placeholder" for node in traces[True].nodes)
+        body.num_inputs = len(traces[True].alive(start)) if start >= 0 else inputs
         body.num_carried = len(traces[True].alive(start)) - 1 if start >= 0 else 0
         bodies.append(body)
     return tuple(bodies)

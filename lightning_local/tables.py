@@ -14,7 +14,7 @@ from lightning_local.build import step_flops
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["flops_of_a_step", "print_results", "print_summary"]
+__all__ = ["flops_of_a_step", "print_results", "print_summary", "print_table", "say", "short"]
 
 _RICH = RequirementCache("rich")
 
@@ -42,14 +42,14 @@ def print_summary(learner: LocalLearner) -> None:
                 *(f"{k:02d}", _name(learner, k)),
                 str(last) if last <= first else f"{first}-{last}",
                 *(f"{sizes[0][k]:,}", f"{sizes[1][k]:,}"),
-                *(_short(module.body_flops), _short(module.head_flops)),
+                *(short(module.body_flops), short(module.head_flops)),
                 "x".join(map(str, shape)) or "output",
             ]
         )
         first = last + 1
     flops = [sum(m.body_flops for m in modules), sum(m.head_flops for m in modules)]
-    rows.append(["all", "", "", *(f"{sum(s):,}" for s in sizes), *map(_short, flops), ""])
-    _print_table(
+    rows.append(["all", "", "", *(f"{sum(s):,}" for s in sizes), *map(short, flops), ""])
+    print_table(
         f"{type(learner.method).__name__}: {len(cutting.unit_points) + 1} units in "
         f"{learner.num_modules} local modules",
         ["module", "cut after", "units", "params", "+ head", "FLOPs", "+ head", "hidden"],
@@ -57,14 +57,14 @@ def print_summary(learner: LocalLearner) -> None:
     )
     plain, local = flops_of_a_step(learner)
     if plain:
-        _say(
+        say(
             "FLOPs: forward, per sample. A training step takes about "
-            f"{_short(local)} per sample, {local / plain:.2f} times end-to-end backpropagation "
+            f"{short(local)} per sample, {local / plain:.2f} times end-to-end backpropagation "
             "(backward by formula)."
         )
     if len(learner.links.stages) > 1:
         shares = [sum(step_flops(learner)[k] for k in owned) for owned in learner.links.stages]
-        _say(
+        say(
             "\n".join(
                 f"Stage {s}: local modules {owned[0]:02d} to {owned[-1]:02d}, "
                 f"{share / max(sum(shares), 1.0):.0%} of a training step's FLOPs"
@@ -97,14 +97,14 @@ def print_results(
             [f"{k:02d}", _name(learner, k), *(column[k] for column in columns)]
             for k in range(learner.num_modules)
         ]
-        _print_table("Each local module after the fit", header, rows)
+        print_table("Each local module after the fit", header, rows)
 
 
 def _name(learner: LocalLearner, k: int) -> str:
     return learner.split_points[k] if k < len(learner.split_points) else "(end)"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """A count with three digits and a unit."""
     for unit in ("", "k", "M", "G", "T"):
         if number < 999.5:
@@ -114,7 +114,8 @@ def _short(number: float) -> str:
 
 
 @rank_zero_only
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tells the user, once for all processes."""
     if _RICH:
         from rich.console import Console
 
@@ -124,7 +125,8 @@ def _say(text: str) -> None:
 
 
 @rank_zero_only
-def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Shows a table, once for all processes; numbers stand on the right."""
     if _RICH:
         from rich.console import Console
         from rich.table import Table

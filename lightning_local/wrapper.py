@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import nn
 
 from lightning_local.links import InProcessLinks, Links
 
@@ -39,6 +40,9 @@ class Wrapper(pl.LightningModule):
 
     Args:
         module: The user's module.
+
+    Attributes:
+        network_name: Path of the submodule that is cut, `"."` for the module's own forward.
     """
 
     module: pl.LightningModule
@@ -48,6 +52,7 @@ class Wrapper(pl.LightningModule):
         super().__init__()
         self.links = InProcessLinks()
         self.module = module
+        self.network_name = ""
         self.prepare_data_per_node = module.prepare_data_per_node
         self.example_input_array = module.example_input_array
         self.strict_loading = module.strict_loading
@@ -65,6 +70,13 @@ class Wrapper(pl.LightningModule):
             hparams.clear()
             hparams.update(inner)
             self.module.__dict__["_hparams_initial"] = copy.deepcopy(hparams)
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that is cut."""
+        if self.network_name == ".":
+            return self.module
+        return self.module.get_submodule(self.network_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The user's module's forward."""

@@ -69,6 +69,8 @@ class Place(ClusterEnvironment):
 
 def _run(rank, size, folder, filters, function, args):
     os.setpgid(0, 0)
+    # A shell that starts pytest in the background has it, and its children, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # What is an error in pytest is one here.
     warnings.resetwarnings()
     warnings.filters[:] = filters

@@ -23,7 +23,7 @@ from torchvision.models.resnet import Bottleneck
 
 from examples.image_classification import CifarResNet
 from lightning_local import LocalLearner, Partition, methods
-from lightning_local.partition import cut_network
+from lightning_local.cutting import cut_network
 
 CLASSES = 5
 

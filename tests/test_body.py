@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_local import LocalLearner, Partition, methods
-from lightning_local.partition import Cutting, cut_network
+from lightning_local.cutting import Cutting, cut_network
 
 D = 8
 

@@ -8,7 +8,10 @@ from simple import METHODS, Lit, Net, data, run
 from test_second_order import CONVOLUTIONS, NORMS, compare
 from torch import nn
 
+from examples.image_classification import CifarResNet, LitClassifier
 from lightning_local import LocalLearner, LocalSummary
+from lightning_local.rehearsal import rehearse
+from lightning_local.setting import Setting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,6 +86,38 @@ def test_peaks_are_the_allocators(on_gpu):
     run(learner("Greedy"), on_gpu, callbacks=[summary])
     assert len(summary.peaks) == 4
     assert min(summary.peaks) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_on_fakes_predicts_what_is_allocated(method, on_gpu):
+    """Within 15 %: the allocator rounds, and kernels need workspaces."""
+    batch = torch.randn(512, 3, 32, 32), torch.zeros(512).long()
+
+    class Peak(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            torch.cuda.reset_peak_memory_stats()
+
+        def on_train_batch_end(self, trainer, module, *args):
+            self.bytes = torch.cuda.max_memory_allocated()
+
+    peak = Peak()
+    trainer = L.Trainer(**on_gpu, max_epochs=1, callbacks=[peak], limit_val_batches=0)
+    model = learner(method)(LitClassifier(CifarResNet(20)))
+    trainer.fit(model, torch.utils.data.DataLoader([batch] * 3, batch_size=None))
+    setting = Setting(batch, 512)
+    expected = rehearse(model, model.modules_in_order(), model.method, setting).peak
+    assert peak.bytes == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("recompute", ["body", "blocks"])
+@pytest.mark.parametrize("method", ["EndToEnd", "AugLocal", "BackLink"])
+def test_recomputing_changes_nothing(method, recompute, on_gpu):
+    options = {**on_gpu, "deterministic": "warn"}
+    found = [
+        run(learner(method, recompute=mode), options)[1].state_dict()
+        for mode in ("none", recompute)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", ["Greedy", "BackLink", "SGR"])

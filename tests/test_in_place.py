@@ -9,7 +9,8 @@ from simple import CLASSES, Lit, run
 from torch import nn
 
 from lightning_local import LocalLearner
-from lightning_local.partition import Partition, cut_network
+from lightning_local.cutting import cut_network
+from lightning_local.partition import Partition
 
 
 class Adds(nn.Module):

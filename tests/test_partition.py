@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_local import Partition
-from lightning_local.partition import Cutting, choose_points, cut_network
+from lightning_local.cutting import Cutting, cut_network
+from lightning_local.partition import choose_points
 
 D = 6
 ERRORS = (TypeError, ValueError)

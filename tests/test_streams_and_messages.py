@@ -139,7 +139,8 @@ def test_the_penalty_is_averaged_over_the_steps_that_have_one():
     for step in range(4):
         for k in range(2):
             penalty = torch.tensor(6.0) if k == 1 and step % 2 == 0 else None
-            metrics.update(k, torch.tensor(2.0), None, None, penalty)
+            metrics.update(k, torch.tensor(2.0), None, None)
+            metrics.add_penalty(penalty)
         metrics.close_step(step)
     values = metrics.read()
     assert values["local/01/reconciliation"] == 3.0

@@ -11,9 +11,9 @@ from simple import Lit, Net, data
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_local import LocalLearner
+from lightning_local.dividing import additive, divide
 from lightning_local.feeding import feed
 from lightning_local.placement import (
-    blocks,
     check_placement,
     check_shared,
     extra_states,
@@ -205,7 +205,7 @@ def test_flat_bytes_come_back():
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
 @pytest.mark.parametrize("costs", [[1.0] * 5, [1, 9, 1, 1, 1], [5, 4, 3, 2, 1], [0, 0, 0, 0, 7]])
 def test_blocks_are_the_best_there_are(costs, stages):
-    found = blocks(costs, stages)
+    found = divide(additive(costs), stages)
     assert [k for block in found for k in block] == list(range(5))
     assert all(len(block) > 0 for block in found)
 
@@ -218,7 +218,7 @@ def test_blocks_are_the_best_there_are(costs, stages):
 
 
 def test_blocks_even_out_what_the_largest_leaves_open():
-    assert blocks([10, 1, 1, 1, 1], 3) == [range(1), range(1, 3), range(3, 5)]
+    assert divide(additive([10, 1, 1, 1, 1]), 3) == [range(1), range(1, 3), range(3, 5)]
 
 
 def learner_of(network=None, partition="units", method="Greedy"):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_local import Partition
-from lightning_local.partition import Cutting, cut_network
+from lightning_local.cutting import Cutting, cut_network
 
 D = 6
 IMAGE, VECTOR, TOKENS = torch.randn(2, 3, 8, 8), torch.randn(4, D), torch.randn(4, 5, D)

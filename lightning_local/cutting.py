@@ -1,0 +1,212 @@
+"""Cuts any network into bodies that compose back to it exactly.
+
+What a unit is stands in `units.py`, how glue is traced in `tracing.py`, the code that runs in
+`body.py`, what a user may ask for in `partition.py`.
+
+Legend: n units, K local modules; a split point is the name of a submodule after which to cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_local.body import Body
+from lightning_local.dryrun import Boundary, boundary, check_composition, run_values
+from lightning_local.partition import Partition, check_names, choose_points
+from lightning_local.slicing import place, slices
+from lightning_local.tracing import trace
+from lightning_local.units import find_units, has_hooks, opens_candidates
+
+__all__ = ["Cutter", "Cutting", "cut_network"]
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """A cut network.
+
+    Attributes:
+        split_points: Names after which the network was cut, K - 1 of them.
+        bodies: The K bodies, in order.
+        boundaries: The form of the hidden state after each body but the last.
+        unit_points: Names after which the units end, all but the last unit.
+        units: One body per unit, for heads that imitate later units.
+        unit_boundaries: The form of what each unit returns, for all but the last unit; None where
+            it is not clear.
+        last_unit: For each body the index of the last unit that has a part in it.
+        pieces: For each body its units, or parts of units, as bodies of their own.
+        output: What the network returns: a tensor without data, or a structure of them.
+    """
+
+    split_points: tuple[str, ...]
+    bodies: tuple[Body, ...]
+    boundaries: tuple[Boundary, ...]
+    unit_points: tuple[str, ...]
+    units: tuple[Body, ...]
+    unit_boundaries: tuple[Boundary | None, ...]
+    last_unit: tuple[int, ...]
+    pieces: tuple[tuple[Body, ...], ...]
+    output: Any
+
+
+def _check_hooks(network: nn.Module, opened: Iterable[str]) -> None:
+    for path in opened:
+        if has_hooks(network.get_submodule(path)):
+            raise ValueError(
+                f"`{path or type(network).__name__}` has forward or backward hooks, and cuts lie "
+                "inside it, so that its hooks would never run: put them on a submodule that is not "
+                "cut, or keep it whole with Partition(leaves=[...])."
+            )
+
+
+class Cutter:
+    """A traced network with its units, ready to be cut.
+
+    Args:
+        network: The network; it is not changed.
+        request: What the user asked for; explicit split points may lie inside units.
+        inputs: Its positional inputs, for the dry run; real tensors of any batch size.
+        name: The network's name in errors.
+
+    Attributes:
+        unit_points: Names after which the units end, all but the last unit.
+        units: One body per unit.
+        unit_boundaries: The form of what each unit returns, for all but the last unit; None where
+            it is not clear.
+        output: What the network returns: a tensor without data, or a structure of them.
+
+    Raises:
+        ValueError: The network has no parameters, or can't be traced or cut as asked.
+    """
+
+    def __init__(
+        self, network: nn.Module, request: Partition, inputs: Sequence[Any], name: str = "network"
+    ) -> None:
+        check_names(network, request, name)
+        self.network, self.name = network, name
+        opens = opens_candidates(network, request.leaves, request.granularity)
+        coarse = trace(network, opens, training=True, num_inputs=len(inputs))
+        self.unit_points = tuple(find_units(network, coarse, run_values(network, coarse, inputs)))
+        points = tuple(request.split_points or ())
+        parts = [path.split(".") for path in (*self.unit_points, *points)]
+        around = {".".join(part[:end]) for part in parts for end in range(1, len(part))}
+        _check_hooks(network, ["", *sorted(around)])
+        self._traces = {
+            mode: trace(
+                network,
+                lambda p, _: p in around,
+                training=mode,
+                num_inputs=len(inputs),
+                strict=True,
+            )
+            for mode in (True, False)
+        }
+        self._values = run_values(network, self._traces[True], inputs)
+        self._layout = request.layout
+        self._unit_places = [self._place(p) for p in self.unit_points]
+        places = [self._place(p) for p in points]
+        if places != sorted(set(places)):
+            ordered = dict(sorted(zip(places, points, strict=True)))
+            raise ValueError(
+                f"Split points {list(points)} are not in the order in which the network runs, or "
+                f"two name the same place: pass {list(ordered.values())}."
+            )
+        self.units = self._slices(self.unit_points, exclusive=False)
+        self.unit_boundaries = tuple(_form_or_none(self._form, p) for p in self.unit_points)
+        # All places where this cutter cuts. Bodies are runs of the pieces between them.
+        named = {self._place(p): p for p in (*points, *self.unit_points)}
+        self._piece_places = sorted(named)
+        self._pieces = self.units
+        if len(named) > len(self.unit_points):
+            self._pieces = self._slices([named[p] for p in self._piece_places], exclusive=False)
+        check_composition(network, self._pieces, inputs)
+        output = self._values.nodes[self._traces[True].nodes[-1]]
+        self._output_features = None
+        if isinstance(output, torch.Tensor) and output.ndim > 1:
+            self._output_features = output.shape[-1]
+            self.units[-1].out_features = output.shape[-1]
+        self.output = tree_map_only(
+            torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), output
+        )
+
+    def _place(self, point: str) -> int:
+        return place(self.network, self._traces[True], point)
+
+    def _form(self, point: str) -> Boundary:
+        return boundary(self._traces[True], self._values, self._place(point), point, self._layout)
+
+    def stretches(self, points: Sequence[str]) -> tuple[Body, ...]:
+        """The network between `points`, whose parts may share parameters."""
+        return self._slices(points, exclusive=False)
+
+    def _slices(self, points: Sequence[str], exclusive: bool) -> tuple[Body, ...]:
+        return slices(self.network, self._traces, points, self.unit_points, exclusive)
+
+    def cut(self, points: Sequence[str]) -> Cutting:
+        """Cuts.
+
+        Args:
+            points: Ends of units, or split points of the request.
+
+        Raises:
+            ValueError: It can't be cut there.
+        """
+        ends = [self._place(point) for point in points]
+        bodies = self._slices(points, exclusive=True)
+        bodies[-1].out_features = self._output_features
+        edges = [-1, *ends, len(self._traces[True].nodes)]
+        starts = [-1, *self._piece_places]
+        return Cutting(
+            split_points=tuple(points),
+            bodies=bodies,
+            boundaries=tuple(self._form(point) for point in points),
+            unit_points=self.unit_points,
+            units=self.units,
+            unit_boundaries=self.unit_boundaries,
+            last_unit=(
+                *(sum(unit < end for unit in self._unit_places) for end in ends),
+                len(self.unit_points),
+            ),
+            pieces=tuple(
+                tuple(
+                    piece
+                    for piece, at in zip(self._pieces, starts, strict=True)
+                    if start <= at < stop
+                )
+                for start, stop in zip(edges, edges[1:], strict=False)
+            ),
+            output=self.output,
+        )
+
+
+def cut_network(
+    network: nn.Module,
+    request: Partition,
+    inputs: Sequence[Any],
+    *,
+    tail_units: int = 0,
+    name: str = "network",
+) -> Cutting:
+    """Cuts a network as asked: see `Cutter` and `choose_points`.
+
+    Raises:
+        ValueError: The network has no parameters, can't be traced, or can't be cut as asked.
+    """
+    cutter = Cutter(network, request, inputs, name)
+    points = request.split_points
+    if points is None:
+        points = choose_points(cutter.unit_points, request, tail_units, name)
+    return cutter.cut(points)
+
+
+def _form_or_none(form: Callable[[str], Boundary], point: str) -> Boundary | None:
+    """The form at a unit's end, where nobody cuts: unclear is no error unless a head needs it."""
+    try:
+        return form(point)
+    except ValueError:
+        return None
