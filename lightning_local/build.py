@@ -169,9 +169,14 @@ def builder_of(learner: LocalLearner, inputs: Any, partition: Partition, seed: i
         inputs,
         name=learner.network_name,
         criterion=learner._criterion[0],
-        out_features=learner.out_features or outputs_behind(learner, inputs),
+        out_features=learner.out_features or _outputs(learner, inputs),
         seed=seed,
     )
+
+
+def _outputs(learner: LocalLearner, inputs: Any) -> int | None:
+    """For heads, if there will be some."""
+    return outputs_behind(learner, inputs) if learner.method.head is not None else None
 
 
 def step_flops(learner: LocalLearner) -> list[float]:

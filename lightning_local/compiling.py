@@ -39,7 +39,8 @@ class Compiled:
         # The first local module's input needs no gradient, so it has no second derivative either.
         chosen = modules[:1] if coupling.second_derivative else modules
         for module in chosen:
-            self._targets += [m for m in (module.body, module.head) if m is not None]
+            parts = (*(module.pieces or (module.body,)), module.head)
+            self._targets += [part for part in parts if part is not None]
         if learner.num_modules == 1 and all(m.recompute == "none" for m in modules):
             self._targets = [learner.network]
         if len(chosen) < len(modules):

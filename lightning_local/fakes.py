@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -67,9 +68,15 @@ def fake_copies(
     given = learner.__dict__.get("configure_optimizers") or learner._given_optimizer
     with FakeCopyMode(mode):
         # Together, since bodies call the network.
-        module, own, criterion, configure = copy.deepcopy(
-            (learner.module, list(modules), learner._criterion[0], given)
+        memo: dict[int, Any] = {}
+        module, own, criterion = copy.deepcopy(
+            (learner.module, list(modules), learner._criterion[0]), memo
         )
+        configure = given
+        if isinstance(given, MethodType):
+            # Of its function too, which may hold an optimizer of the real parameters.
+            function: Any = copy.deepcopy(given.__func__, memo)
+            configure = MethodType(function, copy.deepcopy(given.__self__, memo))
     # Fakes of a device need that device.
     for part in (module, *own, criterion):
         if isinstance(part, nn.Module):

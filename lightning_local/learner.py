@@ -217,7 +217,11 @@ class LocalLearner(Wrapper):
         """
         seed = self.links.from_first(torch.initial_seed)
         builder = build.builder_of(self, inputs, partition or self.partition, seed)
-        self.cutting, modules = builder.make(split_points(self, builder), self.recompute)
+        points = split_points(self, builder)
+        if builder.request.balance != "units":
+            # What is measured may differ by a byte from process to process.
+            points = self.links.from_first(lambda: points)
+        self.cutting, modules = builder.make(points, self.recompute)
         self.local_modules = nn.ModuleList(modules)
         self.split_points = self.cutting.split_points
         self.num_modules = len(modules)

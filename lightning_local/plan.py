@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightning_local.partition import Partition
 from lightning_local.plan_picture import draw_plan
 from lightning_local.setting import ModuleBytes
 from lightning_local.tables import short
@@ -87,6 +89,7 @@ class Plan:
         budget: Bytes to stay below, if there is a limit.
         measured: Whether shares of time were measured, not counted in FLOPs.
         notes: What could not be rehearsed as it would run.
+        request: What the learner was asked to cut, but for where.
     """
 
     title: str
@@ -97,12 +100,24 @@ class Plan:
     budget: int | None = None
     measured: bool = False
     notes: Sequence[str] = field(default_factory=tuple)
+    request: Partition = field(default_factory=Partition)
 
     def yaml(self) -> str:
         """The lines for `model.init_args` of a LightningCLI file (arguments of `LocalLearner`)."""
         if not self.choice.points:
             return "partition: 1 # end to end\n"
-        lines = ["partition:", *(f"- {_quoted(point)}" for point in self.choice.points)]
+        points, request = [f"- {json.dumps(p)}" for p in self.choice.points], self.request
+        options = {
+            "leaves": list(request.leaves),
+            "granularity": request.granularity,
+            "layout": request.layout,
+        }
+        default = {"leaves": [], "granularity": "blocks", "layout": "auto"}
+        lines = ["partition:", *points]
+        if options != default:
+            lines = ["partition:", "  class_path: lightning_local.Partition", "  init_args:"]
+            lines += ["    split_points:", *(f"    {point}" for point in points)]
+            lines += [f"    {name}: {json.dumps(value)}" for name, value in options.items()]
         if self.choice.recompute:
             lines.append("recompute:")
             lines += [f"  {k}: {mode}" for k, mode in self.choice.recompute.items()]
@@ -190,8 +205,3 @@ def _rows(stretches: Sequence[Stretch]) -> list[list[str]]:
 def _mib(size: int) -> str:
     mib = size / 2**20
     return f"{mib:.1f} MiB" if mib < 10 else f"{mib:,.0f} MiB"
-
-
-def _quoted(point: str) -> str:
-    """Names that YAML would read as numbers."""
-    return f"'{point}'" if point.replace(".", "").isdigit() else point

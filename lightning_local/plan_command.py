@@ -38,7 +38,7 @@ class _PlanCLI(LocalCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The plan's own options; those of `fit` may stand in the file and are not used."""
         options: list[tuple[str, Any, Any, str]] = [
-            ("memory", str | None, None, "bytes to stay below, such as 8GiB"),
+            ("memory", str | float | None, None, "bytes to stay below, such as 8GiB"),
             ("stages", int | None, None, "number of devices to spread local modules over"),
             ("batch_size", int | None, None, "default the datamodule's"),
             ("reserve", float, 0.1, "share of the memory left for what is not predicted"),
@@ -75,36 +75,44 @@ def run_plan(args: list[str]) -> int:
         args: The command line behind `plan`.
 
     Returns:
-        The exit status: 1 if nothing fits the budget.
+        The exit status: 1 if nothing fits the budget, 2 for a mistake.
     """
     with _no_other_arguments():
         cli = _PlanCLI(args)
     learner, data, config = cli.model, cli.datamodule, cli.config
     if not isinstance(learner, LocalLearner):
-        raise SystemExit(
-            f"error: the model is a {type(learner).__name__}: plan needs a lightning_local."
-            "LocalLearner around it, with the method to plan for."
+        return _failed(
+            f"the model is a {type(learner).__name__}: plan needs a lightning_local.LocalLearner "
+            "around it, with the method to plan for."
         )
-    size = config.batch_size or _batch_size(data)
+    size = config.batch_size if config.batch_size is not None else _batch_size(data)
     batch = None
     if config.input_shape is not None:
         learner.module.example_input_array = torch.rand(2, *config.input_shape)
     elif learner.module.example_input_array is None:
         if data is None:
-            raise SystemExit(
-                "error: the form of the network's input is not known: pass --input_shape, set "
+            return _failed(
+                "the form of the network's input is not known: pass --input_shape, set "
                 "example_input_array in the wrapped module, or configure a datamodule."
             )
         data.prepare_data()
         data.setup("fit")
         batch, found = samples_of(data.train_dataloader())
-        size = size or found
+        size = found if size is None else size
     options: dict[str, Any] = {name: config[name] for name in _OURS if name != "batch_size"}
-    plan = plan_partition(learner, batch, batch_size=size, **options, **cli.flags)
+    try:
+        plan = plan_partition(learner, batch, batch_size=size, **options, **cli.flags)
+    except (TypeError, ValueError) as error:
+        return _failed(str(error))
     print(plan)
     if config.picture is not None:
         print(f"Picture: {plan.save_picture(config.picture)}")
     return 0 if plan.choice.fits else 1
+
+
+def _failed(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 @contextmanager

@@ -56,8 +56,8 @@ def plan_partition(
             that do are recommended.
         stages: Number of devices; that many local modules, whose largest share of time is as small
             as it can be, are recommended.
-        reserve: Share of the budget, from 0 to 1, that is left for what is not predicted: kernels'
-            workspaces, the allocator's gaps.
+        reserve: Share of the budget, from 0 to 0.9, that is left for what is not predicted:
+            workspaces of kernels, gaps of the allocator.
         precision: As the Trainer's.
         accumulate_grad_batches: As the Trainer's.
         measure: A device on which units are timed, for shares of time; default FLOPs.
@@ -79,7 +79,7 @@ def plan_partition(
         batch_size = count(owner, "batch_size", batch_size, 1, "a number of samples")
     if stages is not None:
         stages = count(owner, "stages", stages, 2, "a number of devices")
-    reserve = number(owner, "reserve", reserve, 1, what="a share")
+    reserve = number(owner, "reserve", reserve, 0.9, what="a share")
     limit = None if memory is None else size(owner, "memory", memory)
     builder, setting = prepared(learner, batch, batch_size)
     setting = replace(setting, precision=precision, accumulates=accumulate_grad_batches > 1)
@@ -178,6 +178,7 @@ class _Planner:
             units=self._stretches(self._atoms.points),
             rungs=tuple(rungs),
             choice=choice,
+            request=self._builder.request,
             budget=budget,
             measured=self._device is not None,
             notes=tuple(notes),
@@ -213,7 +214,7 @@ class _Planner:
         choice = self._chosen(
             points, f"Recommended: {stages} local modules, one per stage, of even time"
         )
-        if limit is not None and max(choice.stages or (0,)) > limit:
+        if limit is not None and max(self._stage_peaks(choice)) > limit:
             choice = self._recomputing(points, limit, per_stage=True)
         return replace(choice, stages=self._stage_peaks(choice))
 

@@ -53,7 +53,7 @@ def one_of(owner: str, name: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
 def size(owner: str, name: str, value: str | float) -> int:

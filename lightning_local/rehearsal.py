@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -59,7 +60,7 @@ def rehearse(
         fakes: The mode of heads that are fakes already.
     """
     mode = fakes or FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), isolate_rng(include_cuda=False):
         # Whatever the run warns of, a fit will too.
         warnings.simplefilter("ignore")
         module, own, criterion, configure = fake_copies(learner, modules, mode)
@@ -102,22 +103,31 @@ class Rehearsal(BatchLoop):
         self._made_up = setting.unpacked is not None
         own, heads = parameters_per_module(module, modules)
         self._parameters = list(zip(own, heads, strict=True))
-        made = recipes(
-            configure or module.configure_optimizers,
-            learner.optimizer_callable,
-            learner.lr_scheduler_callable,
-            own,
-            heads,
-            shared=[module.trainer, *module.modules()],
-        )
-        self._optimizers = [optimizer for optimizer, _ in made]
-        for optimizer in self._optimizers:
+        configure = configure or module.configure_optimizers
+        shared = [module.trainer, *module.modules()]
+        try:
+            made = recipes(configure, learner.optimizer_callable, None, own, heads, shared)
+            self._optimizers = self._with_states([optimizer for optimizer, _ in made])
+        except Exception as error:
+            self._note("the optimizer", "two numbers per parameter are taken for its state", error)
+            params = [[*a, *b] for a, b in self._parameters]
+            dummies = [each or [nn.Parameter(torch.empty(0))] for each in params]
+            self._optimizers = self._with_states([torch.optim.AdamW(each) for each in dummies])
+
+    def _with_states(self, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
+        """The optimizers as after a first step."""
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.empty_like(parameter)
-            optimizer.step()  # makes its states
-            if self.num_modules > 1 and not setting.accumulates:
+            optimizer.step()
+            if self.num_modules > 1 and not self._setting.accumulates:
                 optimizer.zero_grad()
+        return optimizers
+
+    def _note(self, what: str, instead: str, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        self.result.notes.append(f"{what} can't run without numbers, so {instead}: {reason}")
 
     def _unpacked(self) -> tuple[Any, Any]:
         return self._batch if self._made_up else self._unpack(self._batch)
@@ -135,8 +145,8 @@ class Rehearsal(BatchLoop):
 
     def measure(self, look_at: int | None = None) -> Rehearsed:
         """A step; see `LiveBytes` for `look_at`."""
-        result, parts = self.result, (self._module, *self.modules)
-        tensors = (t for part in parts for t in existing(part, self._optimizers, self._batch))
+        result, everything = self.result, nn.ModuleList([self._module, *self.modules])
+        tensors = existing(everything, self._optimizers, self._batch)
         self._live = LiveBytes(tensors, look_at)
         result.static = self._live.live
         handles = [
@@ -208,10 +218,7 @@ class Rehearsal(BatchLoop):
                 return self._users_loss(message, run)
             except Exception as error:
                 self._users = False
-                self.result.notes.append(
-                    "training_step can't run without numbers, so the last loss is taken to be the "
-                    f"criterion's: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                )
+                self._note("training_step", "the criterion's is taken for the last loss", error)
         unpacked, target = self._unpacked()
         output = run() if run is not None else self._whole()(*as_inputs(unpacked))
         return self._criterions_loss(output, target), output

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ModuleBytes", "Rehearsed", "Setting", "prepared"]
 
-_HALF = {"bf16": torch.bfloat16, "16": torch.float16}
+# Fakes take bfloat16 for both 16-bit types.
+_DTYPES = {"64": torch.float64, "32": None, "16": torch.bfloat16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Setting:
     precision: str = "32-true"
     accumulates: bool = False
     unpacked: tuple[Any, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the precision."""
+        kind, _, form = str(self.precision).partition("-")
+        if kind not in _DTYPES or form not in ("", "true", "mixed"):
+            raise ValueError(
+                f"precision={self.precision!r} can't be planned for: pass '32-true', '64-true', "
+                "'16-mixed', 'bf16-mixed', '16-true' or 'bf16-true'."
+            )
 
     @staticmethod
     def without_data(
@@ -69,14 +79,13 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The 16-bit type that a precision uses, if any; fakes take bfloat16 for both."""
-        name = str(self.precision).partition("-")[0]
-        return torch.bfloat16 if name in _HALF else None
+        """The type that a precision uses instead of float32, if any."""
+        return _DTYPES[str(self.precision).partition("-")[0]]
 
     @property
     def mixed(self) -> bool:
         """Whether weights stay in float32."""
-        return self.dtype is not None and not str(self.precision).endswith("true")
+        return str(self.precision) in ("16", "bf16", "16-mixed", "bf16-mixed")
 
     def fake(self, given: Any) -> Any:
         """Fakes of the batch size in the place of the samples that are there."""
@@ -159,6 +168,11 @@ def prepared(learner: LocalLearner, batch: Any, batch_size: int | None) -> tuple
         raise ValueError(
             f"{type(learner.method).__name__} has no local modules to plan: give the learner the "
             "method that you would train with, such as 'AugLocal'."
+        )
+    if learner.whole:
+        raise ValueError(
+            "This learner's partition is 1, so there is nothing to plan: leave partition out, or "
+            "pass 'units'."
         )
     example = learner.module.example_input_array if batch is None else None
     if batch is None and example is None:

@@ -263,7 +263,9 @@ def _take_split_points(learner: LocalLearner, entry: Mapping[str, Any]) -> None:
         f"the {learner.num_modules} that partition={learner.partition} gives: its heads and "
         "optimizers belong to them."
     )
-    request = dataclasses.replace(learner.partition, num_modules=None, split_points=points)
+    request = dataclasses.replace(
+        learner.partition, num_modules=None, split_points=points, balance="units"
+    )
     learner.build(*learner.examples(), partition=request)
 
 

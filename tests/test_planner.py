@@ -1,7 +1,9 @@
 """Predicted memory is measured memory, and plans keep what they promise."""
 
 import itertools
+from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import lightning as L
 import numpy as np
@@ -201,6 +203,42 @@ def test_a_tight_budget_recomputes(quiet):
     assert found <= 14_250_000
 
 
+def test_a_balanced_cut_is_kept_in_a_checkpoint(tmp_path, quiet):
+    path = tmp_path / "a.ckpt"
+    batches = DataLoader([batch_of()], batch_size=None)
+    learner = learner_of(PreAct, "Greedy", Partition(2, balance="memory"))
+    trainer = L.Trainer(**quiet, max_epochs=1)
+    trainer.fit(learner, batches)
+    trainer.save_checkpoint(path)
+    other = learner_of(PreAct, "Greedy", Partition(3, balance="memory"))
+    with pytest.warns(UserWarning, match="are used"):
+        L.Trainer(**quiet, max_epochs=2).fit(other, batches, ckpt_path=path)
+    assert other.split_points == learner.split_points
+
+
+def test_an_optimizer_that_reads_numbers_is_replaced_with_a_note():
+    learner = learner_of(ResNet, optimizer=torch.optim.Adafactor)
+    builder, setting = prepared(learner, batch_of(), SAMPLES)
+    _, modules = builder.make(builder.points())
+    result = rehearse(learner, modules, learner.method, setting)
+    assert "two numbers per parameter" in result.notes[0]
+    assert result.modules[1].optimizer > 2 * result.modules[1].gradient
+
+
+def test_a_command_lines_optimizer_is_not_touched():
+    """LightningCLI puts a method on the learner that holds an optimizer of the real weights."""
+    learner = learner_of()
+    held = torch.optim.Adam(learner.module.parameters())
+    learner.configure_optimizers = MethodType(partial(lambda held, _: held, held), learner)
+    builder, setting = prepared(learner, batch_of(), SAMPLES)
+    _, modules = builder.make(builder.points())
+    result = rehearse(learner, modules, learner.method, setting)
+    assert not result.notes
+    assert all(part.optimizer > 2 * part.gradient for part in result.modules)
+    assert not held.state
+    assert all(parameter.grad is None for parameter in learner.parameters())
+
+
 def test_stages_get_even_shares_of_time(tmp_path):
     learner = learner_of(PreAct)
     plan = plan_partition(learner, batch_of(PreAct), stages=2, measure="cpu")
@@ -208,6 +246,9 @@ def test_stages_get_even_shares_of_time(tmp_path):
     assert plan.measured
     assert sum(part.share for part in plan.choice.modules) == pytest.approx(1)
     assert all(0 < peak < plan.choice.peak for peak in plan.choice.stages)
+    tight = plan_partition(learner, batch_of(PreAct), stages=2, memory="1kB")
+    assert not tight.choice.fits
+    assert tight.choice.recompute
     assert plan.save_picture(tmp_path / "plan.png").stat().st_size > 10_000
 
 
@@ -231,7 +272,7 @@ def test_without_data_an_example_is_enough():
         ({"stages": 1}, "2 or more"),
         ({"stages": 99}, "at most"),
         ({"batch_size": 0}, "1 or more"),
-        ({"reserve": 2}, "0 to 1"),
+        ({"reserve": 2}, "0 to 0.9"),
     ],
 )
 def test_what_a_plan_can_not_mean_is_refused(options, message):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.memory.networks import Subject
-from lightning_local import LocalLearner, Partition, methods
+from lightning_local import LocalLearner, Partition, heads, methods
 from lightning_local.methods import LocalMethod
 
 __all__ = ["CONFIGURATIONS", "LABELS", "OTHERS", "Configuration", "checked", "reason_against"]
@@ -42,11 +42,15 @@ class Configuration:
         return LocalLearner(subject.make(), self.method(), self.partition, recompute=self.recompute)
 
 
+def _even(num_modules: int) -> Partition:
+    return Partition(num_modules=num_modules, balance="memory")
+
+
 def _infopro(num_modules: int) -> Configuration:
     return Configuration(
         f"InfoPro, K={num_modules}",
         lambda: methods.InfoPro(denormalize=PIXELS),
-        partition=Partition(num_modules=num_modules, balance="memory"),
+        partition=_even(num_modules),
     )
 
 
@@ -58,6 +62,7 @@ CONFIGURATIONS = [
     Configuration("end to end", methods.EndToEnd),
     Configuration("end to end", methods.EndToEnd, "blocks"),
     Configuration("Greedy", methods.Greedy),
+    Configuration("Greedy, K=4", methods.Greedy, partition=_even(4)),
     Configuration("DGL", methods.DGL),
     Configuration("PredSim", methods.PredSim),
     _infopro(2),
@@ -71,7 +76,9 @@ CONFIGURATIONS = [
     _auglocal(6, "blocks"),
     Configuration("BackLink", methods.BackLink),
     Configuration("BackLink", methods.BackLink, "body"),
+    Configuration("BackLink, linear heads", lambda: methods.BackLink(head=heads.Linear())),
     Configuration("SGR", methods.SGR),
+    Configuration("SGR, linear heads", lambda: methods.SGR(head=heads.Linear())),
 ]
 
 # Of these and of those that `checked` has besides, in their order.
