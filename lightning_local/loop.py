@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,8 +170,14 @@ class TrainingLoop(BatchLoop):
     ) -> tuple[torch.Tensor | None, Any]:
         """The user's `training_step`, in which `run` stands for the network."""
         if run is None:
-            with self._recomputing():
+            with self._recomputing() as calls:
                 loss = self._users_step(message)
+            if self._first and calls == []:
+                raise ValueError(
+                    f"recompute={self.learner.recompute!r}, and training_step did not call the "
+                    "network that is cut (or called parts of it directly), so nothing would be "
+                    "computed twice: call the network, or leave recompute out."
+                )
             self.stepping.before_backward()
             return loss, None
         if self._expected is None:
@@ -182,15 +188,22 @@ class TrainingLoop(BatchLoop):
         self.metrics.note_changed(network.changed)
         return loss, network.output
 
-    def _recomputing(self) -> AbstractContextManager[Any]:
-        """One module that recomputes takes the network's place in the user's step."""
+    @contextmanager
+    def _recomputing(self) -> Iterator[list[int] | None]:
+        """One module that recomputes takes the network's place in the user's step.
+
+        Yields:
+            A list that gets an entry for each call of the network; None without recomputing.
+        """
         if not self.modules or self.modules[0].recompute == "none":
-            return nullcontext()
+            yield None
+            return
         network, module = self.learner.network, self.modules[0]
         forward, taken = network.forward, module.body.num_inputs
 
         def call(*args: Any, **kwargs: Any) -> Any:
             given = in_order(forward, args, kwargs)
+            calls.append(len(given))
             if len(given) != taken:
                 raise ValueError(
                     f"recompute={self.learner.recompute!r}: training_step calls the network with "
@@ -199,7 +212,9 @@ class TrainingLoop(BatchLoop):
                 )
             return module(*given)
 
-        return replaced(network, "forward", call)
+        calls: list[int] = []
+        with replaced(network, "forward", call):
+            yield calls
 
     def _users_step(self, message: Message) -> torch.Tensor | None:
         """Runs the user's `training_step` and keeps what it returned, as Lightning hands it on."""

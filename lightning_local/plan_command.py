@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_local.cli import LocalCLI
 from lightning_local.examples import samples_of
@@ -95,9 +96,13 @@ def run_plan(args: list[str]) -> int:
                 "the form of the network's input is not known: pass --input_shape, set "
                 "example_input_array in the wrapped module, or configure a datamodule."
             )
-        data.prepare_data()
-        data.setup("fit")
-        batch, found = samples_of(data.train_dataloader())
+        try:
+            batch, found = _looked_at(data, learner)
+        except Exception as error:
+            return _failed(
+                f"the data can't be looked at without a Trainer ({type(error).__name__}: {error}): "
+                "pass --input_shape, or set example_input_array in the wrapped module."
+            )
         size = found if size is None else size
     options: dict[str, Any] = {name: config[name] for name in _OURS if name != "batch_size"}
     try:
@@ -108,6 +113,20 @@ def run_plan(args: list[str]) -> int:
     if config.picture is not None:
         print(f"Picture: {plan.save_picture(config.picture)}")
     return 0 if plan.choice.fits else 1
+
+
+def _looked_at(data: Any, learner: LocalLearner) -> tuple[Any, int | None]:
+    """A batch of two samples as a training step would get it, and the loader's batch size."""
+    data.prepare_data()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    if isinstance(loader, (dict, list, tuple)):
+        raise ValueError("there are several training dataloaders")
+    batch, size = samples_of(loader)
+    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        owner = data if is_overridden(hook, data) else learner.module
+        batch = getattr(owner, hook)(batch, 0)
+    return batch, size
 
 
 def _failed(message: str) -> int:

@@ -84,7 +84,11 @@ def plan_partition(
     builder, setting = prepared(learner, batch, batch_size)
     setting = replace(setting, precision=precision, accumulates=accumulate_grad_batches > 1)
     planner = _Planner(learner, builder, setting, measure)
-    return planner.plan(limit, None if limit is None else int(limit * (1 - reserve)), stages)
+    plan = planner.plan(limit, None if limit is None else int(limit * (1 - reserve)), stages)
+    if batch is None and batch_size is None:
+        note = f"planned for the example's batch of {setting.batch_size}: pass batch_size"
+        plan = replace(plan, notes=(*plan.notes, note))
+    return plan
 
 
 class _Planner:

@@ -174,6 +174,8 @@ def prepared(learner: LocalLearner, batch: Any, batch_size: int | None) -> tuple
             "This learner's partition is 1, so there is nothing to plan: leave partition out, or "
             "pass 'units'."
         )
+    if not learner.network_name:
+        learner._find_network()  # what setup or configure_model makes has to be there
     example = learner.module.example_input_array if batch is None else None
     if batch is None and example is None:
         raise ValueError(

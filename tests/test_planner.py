@@ -309,5 +309,6 @@ def test_the_command(capsys, monkeypatch, tmp_path):
     assert ended.value.code == 1
     text = capsys.readouterr().out
     assert "Nothing fits" in text
+    assert "each unit as a local module" in text
     assert "partition:\n- " in text
     assert picture.exists()

@@ -96,6 +96,19 @@ def test_sgr_keeps_what_it_differentiates_twice():
         check(["blocks"], Net, methods.SGR(every=2))
 
 
+def test_a_step_that_calls_parts_of_the_network_is_refused(quiet):
+    learner = wrapped(Net, "EndToEnd", "blocks")
+    network = learner.module.net
+
+    def step(batch, batch_idx):
+        hidden = network.blocks(network.stem(batch[0]))
+        return functional.cross_entropy(network.fc(hidden.mean((2, 3))), batch[1])
+
+    learner.module.training_step = step
+    with pytest.raises(ValueError, match="called parts of it directly"):
+        L.Trainer(**quiet, max_epochs=1).fit(learner, DataLoader(data(), batch_size=None))
+
+
 def test_the_trainers_options():
     window = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
     for options in ({"precision": "bf16-mixed"}, window):
