@@ -35,7 +35,7 @@ class LocalModule(nn.Module):
             so that those of body and head are never alive together; `"blocks"`, each unit of the
             body and each unit that the head imitates by itself.
         keeps: Nothing is computed twice now: gradients are differentiated again, and need it all.
-        pieces: The body's units as bodies of their own, for `"blocks"`; empty if it has one.
+        pieces: The body's units as bodies of their own, for `"blocks"`; else empty.
     """
 
     def __init__(self, body: Body, head: nn.Module | None, objective: Objective | None) -> None:

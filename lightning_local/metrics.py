@@ -6,14 +6,11 @@ before `log_every_n_steps`, the end of an epoch, or a checkpoint.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_local.substitute import OTHER_INPUT
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["LocalMetrics", "countable", "hits"]
 

@@ -192,7 +192,7 @@ class _Planner:
         least = min(rung.local for rung in rungs)
         best = next(rung for rung in rungs if rung.local <= 1.1 * least)
         return self._chosen(
-            best.points, "Recommended: the fewest local modules within 10% of the least memory"
+            best.points, "Recommended: of these numbers the smallest within 10% of the least memory"
         )
 
     def _for_budget(self, parts: Sequence[int], limit: int) -> Choice:
