@@ -57,10 +57,17 @@ class Atoms:
 def find_atoms(
     learner: LocalLearner, builder: Builder, setting: Setting, fakes: FakeTensorMode
 ) -> Atoms:
-    """Cuts at every unit whose end a head can stand at, and rehearses that; heads are fakes."""
+    """Cuts at every unit whose end a head can stand at, and rehearses that; heads are fakes.
+
+    Raises:
+        ValueError: The network can't be cut.
+    """
     finest = builder.points(Partition())
     forms = dict(zip(builder.cutter.unit_points, builder.cutter.unit_boundaries, strict=True))
     points = tuple(point for point in finest if forms[point] is not None)
+    # With tied weights everywhere, cutting says which they are.
+    apart = set(builder.cutter.separable())
+    points = tuple(point for point in points if point in apart) or points
     cutting, modules = builder.make(points, fakes=fakes)
     return Atoms(
         points, cutting, modules, rehearse(learner, modules, builder.method, setting, fakes=fakes)

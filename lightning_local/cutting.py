@@ -134,6 +134,15 @@ class Cutter:
             torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), output
         )
 
+    def separable(self) -> tuple[str, ...]:
+        """Those of the unit points that separate no tensor's users from one another."""
+        spans: dict[int, list[int]] = {}
+        for k, unit in enumerate(self.units):
+            for parameter in unit.parameters():
+                spans.setdefault(id(parameter), []).append(k)
+        held = {u for users in spans.values() for u in range(users[0], users[-1])}
+        return tuple(point for u, point in enumerate(self.unit_points) if u not in held)
+
     def _place(self, point: str) -> int:
         return place(self.network, self._traces[True], point)
 

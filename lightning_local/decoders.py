@@ -1,13 +1,18 @@
 """Decoders: networks that rebuild the network's input from a hidden state (InfoPro).
 
-For maps the decoder is the authors' (Wang et al. 2021, arXiv 2101.10832): up to the image's size,
-3x3 convolution to 12 channels, BN, ReLU, 3x3 convolution to the image's channels. The forms for
-tokens and vectors are ours. A decoder returns logits; the sigmoid is in the loss.
+For maps the decoders are the authors' (Wang et al. 2021, arXiv 2101.10832, and its code). For small
+images: up to the image's size, 3x3 convolution to 12 channels, BN, ReLU, 3x3 convolution to the
+image's channels. For large ones: 1x1 convolution, BN, ReLU, then twice the size and a 3x3
+convolution, as often as it takes, from 128 to 32, 12 and the image's channels. The code has the
+first up to 96 pixels, the second for 224 and maps of an eighth of that. Ours: where one ends and the
+other begins, more or fewer steps, and the forms for tokens and vectors. A decoder returns logits; the
+sigmoid is in the loss.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -19,7 +24,9 @@ from lightning_local.place import Place
 __all__ = ["MapDecoder", "build_decoder", "channel_dim"]
 
 _MODES = ("linear", "bilinear", "trilinear")
-_WIDTH = 12
+# Channels in front of the last convolution, of the one before that, and so on.
+_WIDTHS = (12, 32, 128)
+_LARGE = 128  # pixels
 
 
 class _TokensToMap(nn.Module):
@@ -37,23 +44,32 @@ class _TokensToMap(nn.Module):
 
 
 class MapDecoder(nn.Module):
-    """Brings a map up to the image's size, and rebuilds the image."""
+    """Brings maps up to the image's size, and rebuilds the image.
 
-    def __init__(self, first: nn.Module, size: tuple[int, ...], layers: nn.Module) -> None:
+    Args:
+        first: Makes maps `(N, C, ...)` of a hidden state.
+        size: The image's, without channels.
+        steps: Layers, each behind a step up: the last to the image's size, the one before to half
+            of it, and so on.
+    """
+
+    def __init__(self, first: nn.Module, size: tuple[int, ...], steps: Sequence[nn.Module]) -> None:
         super().__init__()
         self.first = first
         self.size = size
-        self.layers = layers
+        self.steps = nn.ModuleList(steps)
 
     def forward(
         self, hidden: torch.Tensor, size: tuple[int, ...] | torch.Size | None = None
     ) -> torch.Tensor:
         """A hidden state to logits `(N, channels, *size)`; default the size at the start."""
-        maps = self.first(hidden)
+        maps: torch.Tensor = self.first(hidden)
         mode = _MODES[maps.ndim - 3]
-        maps = functional.interpolate(maps, size or self.size, mode=mode, align_corners=True)
-        logits: torch.Tensor = self.layers(maps)
-        return logits
+        for left, step in zip(reversed(range(len(self.steps))), self.steps, strict=True):
+            target = [math.ceil(side / 2**left) for side in size or self.size]
+            maps = functional.interpolate(maps, target, mode=mode, align_corners=True)
+            maps = step(maps)
+        return maps
 
 
 def channel_dim(input: torch.Tensor, place: Place) -> int:
@@ -79,7 +95,7 @@ def build_decoder(place: Place, widen: float) -> nn.Module:
 
     Args:
         place: Where the hidden state is, and what the network's input looks like.
-        widen: Factor on the 12 channels between the convolutions.
+        widen: Factor on the channels between the convolutions.
 
     Returns:
         A module that maps the hidden state to logits in the shape of the input.
@@ -113,12 +129,13 @@ def build_decoder(place: Place, widen: float) -> nn.Module:
             nn.Linear(channels, image.shape[2]),
         )
     first: nn.Module | None = None
-    dims = image.ndim - 2
-    if len(hidden.space) == dims and 1 <= dims <= 3 and not place.tokens:
+    dims, space = image.ndim - 2, hidden.space
+    if len(space) == dims and 1 <= dims <= 3 and not place.tokens:
         first = ChannelsFirst(hidden.channel_dim)
     elif place.tokens and image.ndim == 4:
         grid = _grid(hidden.space[0], *image.shape[2:])
-        first = _TokensToMap(*grid) if grid is not None else None
+        if grid is not None:
+            first, space = _TokensToMap(*grid), grid
     if first is None:
         raise ValueError(
             f"InfoPro can't rebuild an input of shape {tuple(image.shape[1:])} from a hidden state "
@@ -126,12 +143,35 @@ def build_decoder(place: Place, widen: float) -> nn.Module:
             "number of dimensions, from the tokens of an image's patches, from one token per token "
             "of the input, and from vectors."
         )
-    width = max(1, int(_WIDTH * widen))
-    conv = CONV[dims - 1]
-    layers = [
-        conv(channels, width, 3, padding=1),
-        NORM[dims - 1](width),
-        nn.ReLU(inplace=True),
-        conv(width, image.shape[1], 3, padding=1),
+    if max(image.shape[2:]) < _LARGE:
+        return MapDecoder(first, tuple(image.shape[2:]), [_whole(channels, image, widen)])
+    ratio = max(large / small for large, small in zip(image.shape[2:], space, strict=True))
+    up = _steps(channels, image, widen, max(1, round(math.log2(ratio))))
+    return MapDecoder(nn.Sequential(first, up[0]), tuple(image.shape[2:]), up[1:])
+
+
+def _width(index: int, widen: float) -> int:
+    return max(1, int(_WIDTHS[min(index, len(_WIDTHS) - 1)] * widen))
+
+
+def _normed(dims: int, before: int, after: int, kernel: int) -> nn.Sequential:
+    conv = CONV[dims - 1](before, after, kernel, padding=kernel // 2)
+    return nn.Sequential(conv, NORM[dims - 1](after), nn.ReLU(inplace=True))
+
+
+def _whole(channels: int, image: torch.Tensor, widen: float) -> nn.Sequential:
+    """All of a small image's decoder behind its only step up."""
+    dims, width = image.ndim - 2, _width(0, widen)
+    last = CONV[dims - 1](width, image.shape[1], 3, padding=1)
+    return nn.Sequential(*_normed(dims, channels, width, 3), last)
+
+
+def _steps(channels: int, image: torch.Tensor, widen: float, count: int) -> list[nn.Module]:
+    """The layers in front of the first of `count` steps up, and behind each."""
+    dims = image.ndim - 2
+    widths = [channels, *(_width(index, widen) for index in reversed(range(count)))]
+    kernels = [1] + [3] * (count - 1)
+    layers: list[nn.Module] = [
+        _normed(dims, *sizes) for sizes in zip(widths, widths[1:], kernels, strict=False)
     ]
-    return MapDecoder(first, tuple(image.shape[2:]), nn.Sequential(*layers))
+    return [*layers, CONV[dims - 1](widths[-1], image.shape[1], 3, padding=1)]

@@ -13,7 +13,29 @@ from lightning_local.build import Builder
 from lightning_local.cutting import Cutting
 from lightning_local.setting import Setting
 
-__all__ = ["measure_seconds"]
+__all__ = ["device_to_time", "measure_seconds"]
+
+
+def device_to_time(measure: Any) -> torch.device | None:
+    """The device on which `plan_partition` times units; None for FLOPs.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if measure is None:
+        return None
+    try:
+        device = torch.device(measure)
+        torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"plan_partition(measure={measure!r}) is no device of this machine "
+            f"({str(error).splitlines()[0]}): pass 'cpu', or 'cuda' where torch sees a GPU; without "
+            "measure, shares of time follow from FLOPs."
+        ) from error
+    return device
 
 
 def measure_seconds(

@@ -20,7 +20,7 @@ from lightning_local.balancing import Atoms, find_atoms, memory_costs, time_cost
 from lightning_local.build import Builder
 from lightning_local.dividing import divide
 from lightning_local.local_module import LocalModule
-from lightning_local.measuring import measure_seconds
+from lightning_local.measuring import device_to_time, measure_seconds
 from lightning_local.methods import EndToEnd
 from lightning_local.plan import Choice, Plan, Rung, Stretch
 from lightning_local.ranges import count, number, size
@@ -98,7 +98,7 @@ class _Planner:
         self, learner: LocalLearner, builder: Builder, setting: Setting, measure: Any
     ) -> None:
         self._learner, self._builder, self._setting = learner, builder, setting
-        self._device = torch.device(measure) if measure is not None else None
+        self._device = device_to_time(measure)
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._local: dict[tuple[Any, ...], tuple[list[LocalModule], Rehearsed]] = {}
 

@@ -197,6 +197,45 @@ def test_decoders_are_infopros(side: int) -> None:
     torch.testing.assert_close(objective.decoder(x), expected, rtol=1e-4, atol=1e-5)  # float32
 
 
+def test_decoders_of_large_images_are_infopros() -> None:
+    """Those of its ImageNet code: never all channels at the image's size."""
+    torch.manual_seed(0)
+    x0 = torch.zeros(2, 3, 224, 224)
+    at = place(24, 28, 28, x0=x0)
+    objective = losses.InfoPro(CIFAR).build(at, nn.CrossEntropyLoss())
+    w = list(objective.decoder.parameters())
+    kernels = [(128, 24, 1, 1), (32, 128, 3, 3), (12, 32, 3, 3), (3, 12, 3, 3)]
+    assert [tuple(p.shape) for p in w if p.ndim == 4] == kernels
+    x = hidden = torch.randn(2, 24, 28, 28)
+    for i, side in enumerate([56, 112, 224]):
+        a, b, gain, shift = w[4 * i : 4 * i + 4]
+        x = norm(functional.conv2d(x, a, b, padding=a.shape[2] // 2), gain, shift).clamp(min=0)
+        x = functional.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
+    expected = functional.conv2d(x, w[12], w[13], padding=1)
+    torch.testing.assert_close(objective.decoder(hidden), expected, rtol=1e-4, atol=1e-4)  # float32
+
+
+@pytest.mark.parametrize(
+    ("hidden", "image", "widths"),
+    [
+        ((56, 56), (224, 224), [32, 12]),
+        ((7, 7), (224, 224), [128, 128, 128, 32, 12]),
+        ((10, 19), (150, 300), [128, 128, 32, 12]),
+        ((224, 224), (224, 224), [12]),
+    ],
+)
+def test_decoders_go_up_in_steps(
+    hidden: tuple[int, int], image: tuple[int, int], widths: list[int]
+) -> None:
+    x0 = torch.zeros(1, 3, *image)
+    objective = losses.InfoPro(CIFAR).build(place(6, *hidden, x0=x0), nn.CrossEntropyLoss())
+    convs = [m for m in objective.decoder.modules() if isinstance(m, nn.Conv2d)]
+    assert [conv.out_channels for conv in convs] == [*widths, 3]
+    assert objective.decoder(torch.randn(1, 6, *hidden)).shape == x0.shape
+    other = (image[0] + 31, image[1] - 7)  # another size than at the start
+    assert objective.decoder(torch.randn(1, 6, *hidden), other).shape == (1, 3, *other)
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (4, 9, 13)])
 def test_decoders_give_the_form_of_the_input(shape: tuple[int, int, int]) -> None:
     values = ((0.5,) * shape[0], (0.1,) * shape[0])
