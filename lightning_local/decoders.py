@@ -4,9 +4,9 @@ For maps the decoders are the authors' (Wang et al. 2021, arXiv 2101.10832, and 
 images: up to the image's size, 3x3 convolution to 12 channels, BN, ReLU, 3x3 convolution to the
 image's channels. For large ones: 1x1 convolution, BN, ReLU, then twice the size and a 3x3
 convolution, as often as it takes, from 128 to 32, 12 and the image's channels. The code has the
-first up to 96 pixels, the second for 224 and maps of an eighth of that. Ours: where one ends and the
-other begins, more or fewer steps, and the forms for tokens and vectors. A decoder returns logits; the
-sigmoid is in the loss.
+first up to 96 pixels, the second for 224 and maps of an eighth of that. Ours: where one ends and
+the other begins, more or fewer steps, and the forms for tokens and vectors. A decoder returns
+logits; the sigmoid is in the loss.
 """
 
 from __future__ import annotations

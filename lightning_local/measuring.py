@@ -29,11 +29,11 @@ def device_to_time(measure: Any) -> torch.device | None:
         torch.empty(0, device=device)
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(
             f"plan_partition(measure={measure!r}) is no device of this machine "
-            f"({str(error).splitlines()[0]}): pass 'cpu', or 'cuda' where torch sees a GPU; without "
-            "measure, shares of time follow from FLOPs."
+            f"({str(error).splitlines()[0]}): pass 'cpu', or 'cuda' where torch sees a GPU; "
+            "without measure, shares of time follow from FLOPs."
         ) from error
     return device
 
