@@ -80,7 +80,7 @@ def predict(
     example = subject.data(2)
     learner = configuration.learner(subject)
     if not learner.whole:
-        learner.batch_size = batch_size
+        learner.planned_batch_size = batch_size
         learner.build(example[0])
     modules = learner.modules_in_order()
     flops = [0]
