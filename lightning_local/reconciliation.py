@@ -35,9 +35,9 @@ def gradient_distance(
     own = own.flatten(1).to(torch.promote_types(own.dtype, torch.float32))
     received = received.flatten(1).to(own.dtype)
     if distance in ("squared_l2", "mse"):
-        # The backward of mse_loss would keep both gradients.
-        squares = (own - received).square()
-        return n * squares.sum() if distance == "squared_l2" else n**2 * squares.mean()
+        # mse_loss would keep both gradients, a square makes a third tensor of their size.
+        squares: torch.Tensor = torch.linalg.vector_norm(own - received).square()
+        return n * squares if distance == "squared_l2" else n**2 * squares / own.numel()
     unit, other = _directions(own), _directions(received)
     if distance == "cosine":
         return (1 - (unit * other).sum(1)).mean()
@@ -111,19 +111,21 @@ class GradientReconciliation(Coupling):
                 loss, work.loss = work.loss, None
                 work.run_backward(loss)
             else:
-                with fast_second_derivatives(work.loss):
-                    scaled = work.loss * work.scale
-                    own = torch.autograd.grad(scaled, work.input, create_graph=True)[0]
-                self._add_penalty(work, unscaled(own, work.scale))
+                self._add_penalty(work)
         finally:
             if handle is not None:
                 # Left on, it would also see the second pass, which brings R_k's own share.
                 handle.remove()
         return unscaled(sent[0].detach(), work.scale) if sent else None
 
-    def _add_penalty(self, work: Work, own: torch.Tensor) -> None:
+    def _add_penalty(self, work: Work) -> None:
         assert work.loss is not None
+        assert work.input is not None
         assert work.received is not None
+        with fast_second_derivatives(work.loss):
+            scaled = work.loss * work.scale
+            own = torch.autograd.grad(scaled, work.input, create_graph=True)[0]
+        own = unscaled(own, work.scale)
         received, work.received = work.received, None
         penalty = gradient_distance(own, received, self.distance)
         work.penalty = penalty.detach()

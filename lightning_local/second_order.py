@@ -86,7 +86,8 @@ class _BatchNorm(torch.autograd.Function):
 
         count = x.numel() / x.shape[1]
         to_g, vz, v_sum = sums(v, x, mean, r, [True, True, True])
-        _, gz, g_sum = sums(g, x, mean, r, [False, True, True])
+        # What is masked has no name: a fake of it has bytes.
+        gz, g_sum = sums(g, x, mean, r, [False, True, True])[1:]
         zero, one = torch.zeros_like(r), torch.ones_like(r)
         product = sums(v, g, zero, one, [False, True, False])[1]
         inner = product - (v_sum * g_sum + vz * gz) / count  # <P(v), g>

@@ -102,4 +102,6 @@ class Coupling(ABC):
 
 def unscaled(gradient: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """A gradient of the undivided loss, in float32 at least; its graph stays."""
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    # To look at a scale that is a tensor would wait for its device.
+    return gradient if isinstance(scale, float) and scale == 1.0 else gradient / scale

@@ -28,7 +28,7 @@ def test_a_step_on_fakes_predicts_a_fit(network, method, quiet):
         learner, learner.modules_in_order(), learner.method, Setting(batch, SAMPLES)
     )
     assert not expected.notes
-    assert found == pytest.approx(expected.peak, rel=0.04 if method == "SGR" else 0.02)
+    assert found == pytest.approx(expected.peak, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -210,9 +210,9 @@ def test_behind_the_block_torch_is_as_it_was(raising):
 
 def test_sgr_uses_them():
     class Watched(couplings.GradientReconciliation):
-        def _add_penalty(self, work, own):
-            seen.append(functions(own))
-            super()._add_penalty(work, own)
+        def _add_penalty(self, work):
+            super()._add_penalty(work)
+            seen.append(functions(work.loss))
 
     seen = []
     method = LocalMethod(heads.Linear(), coupling=Watched(weight=0.05))

@@ -29,7 +29,7 @@ class Configuration:
 
     name: str
     method: Callable[[], LocalMethod]
-    recompute: str = "none"
+    recompute: Any = "none"
     partition: Any = "units"
 
     @property

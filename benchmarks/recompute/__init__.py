@@ -1,0 +1,1 @@
+"""What computing activations twice saves and costs."""
