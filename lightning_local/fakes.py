@@ -64,14 +64,24 @@ def fake_copies(
 
     The recipe is what a LightningCLI with `--optimizer` put in the place of the module's
     `configure_optimizers`, if anything. The module has a Trainer, for hooks that ask it something.
+
+    Raises:
+        ValueError: The module can't be copied.
     """
     given = learner.__dict__.get("configure_optimizers") or learner._given_optimizer
     with FakeCopyMode(mode):
         # Together, since bodies call the network.
         memo: dict[int, Any] = {}
-        module, own, criterion = copy.deepcopy(
-            (learner.module, list(modules), learner._criterion[0]), memo
-        )
+        try:
+            module, own, criterion = copy.deepcopy(
+                (learner.module, list(modules), learner._criterion[0]), memo
+            )
+        except Exception as error:
+            raise ValueError(
+                f"{type(learner.module).__name__} can't be copied ({type(error).__name__}: {error})"
+                ", and memory is predicted on a copy: keep locks, files, processes and tensors "
+                "with a history out of its attributes, or write its __deepcopy__."
+            ) from error
         configure = given
         if isinstance(given, MethodType):
             # Of its function too, which may hold an optimizer of the real parameters.

@@ -1,5 +1,6 @@
 """Predicted memory is measured memory, and a rehearsal leaves nothing behind."""
 
+import threading
 from functools import partial
 from types import MethodType
 
@@ -121,3 +122,10 @@ def test_without_data_an_example_is_enough():
     ]
     assert peaks[0] == peaks[1]
     assert builder.cutter.unit_points
+
+
+def test_what_can_not_be_copied_is_named():
+    learner = learner_of()
+    learner.module.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"Lit can't be copied \(TypeError: cannot pickle '_th"):
+        plan_partition(learner, batch_of())
