@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_local.body import Body
 from lightning_local.dryrun import Boundary, boundary, check_composition, run_values
-from lightning_local.partition import Partition, check_names, choose_points
+from lightning_local.partition import Partition, check_names
 from lightning_local.slicing import place, slices
 from lightning_local.tracing import trace
 from lightning_local.units import find_units, has_hooks, opens_candidates
 
-__all__ = ["Cutter", "Cutting", "cut_network"]
+__all__ = ["Cutter", "Cutting"]
 
 
 @dataclass(frozen=True)
@@ -191,26 +191,6 @@ class Cutter:
             ),
             output=self.output,
         )
-
-
-def cut_network(
-    network: nn.Module,
-    request: Partition,
-    inputs: Sequence[Any],
-    *,
-    tail_units: int = 0,
-    name: str = "network",
-) -> Cutting:
-    """Cuts a network as asked: see `Cutter` and `choose_points`.
-
-    Raises:
-        ValueError: The network has no parameters, can't be traced, or can't be cut as asked.
-    """
-    cutter = Cutter(network, request, inputs, name)
-    points = request.split_points
-    if points is None:
-        points = choose_points(cutter.unit_points, request, tail_units, name)
-    return cutter.cut(points)
 
 
 def _form_or_none(form: Callable[[str], Boundary], point: str) -> Boundary | None:

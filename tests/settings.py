@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from lightning_local import LocalLearner
+from lightning_local import LocalLearner, Partition
+from lightning_local.cutting import Cutter, Cutting
+from lightning_local.partition import choose_points
 
 torch.set_num_threads(1)  # equality to the last bit needs one order of sums
 
@@ -64,6 +66,21 @@ def make(
         if parameter.ndim == 1 and name.endswith("weight"):
             nn.init.uniform_(parameter, 0.5, 1.5)
     return lit
+
+
+def cut_network(
+    network: nn.Module,
+    request: Partition,
+    inputs: Sequence[Any],
+    tail_units: int = 0,
+    name: str = "network",
+) -> Cutting:
+    """Cuts a network as asked."""
+    cutter = Cutter(network, request, inputs, name)
+    points = request.split_points
+    if points is None:
+        points = choose_points(cutter.unit_points, request, tail_units, name)
+    return cutter.cut(points)
 
 
 def batches(

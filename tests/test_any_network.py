@@ -15,6 +15,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from settings import cut_network
 from torch import nn
 from torch.nn import functional
 from torchvision import models
@@ -23,7 +24,6 @@ from torchvision.models.resnet import Bottleneck
 
 from examples.image_classification import CifarResNet
 from lightning_local import LocalLearner, Partition, methods
-from lightning_local.cutting import cut_network
 
 CLASSES = 5
 

@@ -8,11 +8,12 @@ import pickle
 import lightning as L
 import pytest
 import torch
+from settings import cut_network
 from torch import nn
 from torch.nn import functional
 
 from lightning_local import LocalLearner, Partition, methods
-from lightning_local.cutting import Cutting, cut_network
+from lightning_local.cutting import Cutting
 
 D = 8
 

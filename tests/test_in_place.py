@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
+from settings import cut_network
 from simple import CLASSES, Lit, run
 from torch import nn
 
 from lightning_local import LocalLearner
-from lightning_local.cutting import cut_network
 from lightning_local.partition import Partition
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from settings import cut_network
 from torch import nn
 from torch.nn import functional
 
 from lightning_local import Partition
-from lightning_local.cutting import Cutting, cut_network
+from lightning_local.cutting import Cutting
 from lightning_local.partition import choose_points
 
 D = 6

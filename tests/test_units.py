@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from settings import cut_network
 from torch import nn
 from torch.nn import functional
 
 from lightning_local import Partition
-from lightning_local.cutting import Cutting, cut_network
+from lightning_local.cutting import Cutting
 
 D = 6
 IMAGE, VECTOR, TOKENS = torch.randn(2, 3, 8, 8), torch.randn(4, D), torch.randn(4, 5, D)
