@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
+from lightning_local.early_exit import EarlyExit
 from lightning_local.head_accuracy import HeadAccuracy
 from lightning_local.meter import Meter
 from lightning_local.pictures import draw
@@ -219,9 +220,13 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def wants_heads(present: Sequence[pl.Callback]) -> bool:
-    """Whether somebody asks for the heads in evaluation."""
-    return any(isinstance(each, LocalSummary) and each.head_accuracy for each in present)
+def wants_heads(present: Sequence[pl.Callback], stage: str) -> bool:
+    """Whether somebody asks for the heads in `"validate"`, `"test"` or `"predict"`."""
+    return any(
+        (isinstance(each, LocalSummary) and each.head_accuracy and stage != "predict")
+        or (isinstance(each, EarlyExit) and stage != "validate")
+        for each in present
+    )
 
 
 def with_ours(present: Sequence[pl.Callback], own: Any) -> list[pl.Callback]:

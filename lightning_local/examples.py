@@ -128,7 +128,12 @@ def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None
 
 def let_go(trainer: Any) -> None:
     """Takes off what waits for Lightning to ask for a dataloader, in case it did not."""
-    for loop in (trainer.fit_loop, trainer.validate_loop, trainer.test_loop):
+    for loop in (
+        trainer.fit_loop,
+        trainer.validate_loop,
+        trainer.test_loop,
+        trainer.predict_loop,
+    ):
         loop._data_source.__dict__.pop("dataloader", None)
 
 
@@ -149,7 +154,11 @@ def _through_forward(learner: LocalLearner, example: Any) -> tuple[Any, ...]:
 def _loader(learner: LocalLearner) -> Any:
     """The training dataloader, or that of another loop that runs now."""
     trainer = learner.trainer
-    loops: dict[str, Any] = {"validate": trainer.validate_loop, "test": trainer.test_loop}
+    loops: dict[str, Any] = {
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+        "predict": trainer.predict_loop,
+    }
     running = trainer.state.fn.value if trainer.state.fn is not None else "fit"
     source = loops.get(running, trainer.fit_loop)._data_source
     if not source.is_defined():

@@ -194,7 +194,7 @@ class LocalLearner(Wrapper):
     def _build(self, stage: str) -> None:
         if not self.network_name:
             self._find_network()
-        wanted = stage == "fit" or (stage != "predict" and wants_heads(callbacks_of(self.trainer)))
+        wanted = stage == "fit" or wants_heads(callbacks_of(self.trainer), stage)
         wanted |= not (self.links.first and self.links.last)
         if wanted and not self.whole and self.cutting is None:
             self.build(*self.examples())

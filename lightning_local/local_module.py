@@ -31,6 +31,7 @@ class LocalModule(nn.Module):
         body_flops: Forward FLOPs of the body per sample: those of matrix products, convolutions
             and attention, a multiplication and an addition counting two.
         head_flops: The same of the head and what else the local loss runs.
+        predict_flops: The same of the head alone.
         recompute: Which activations a backward computes anew: `"none"`; `"body"`, all of the body,
             so that those of body and head are never alive together; `"blocks"`, each unit of the
             body and each unit that the head imitates by itself.
@@ -46,6 +47,7 @@ class LocalModule(nn.Module):
         self.head_in_place = False
         self.body_flops = 0
         self.head_flops = 0
+        self.predict_flops = 0
         self.recompute = "none"
         self.keeps = False
         self.pieces: tuple[Body, ...] = ()

@@ -53,6 +53,7 @@ def try_modules(
             with FlopCounterMode(display=False) as counter:
                 _fake_head(head, current[0], module.head)
                 module.head_in_place = before != _version(current)
+                module.predict_flops = counter.get_total_flops() // samples
                 for each in more:
                     _fake_head(each, current[0])
             module.head_flops = counter.get_total_flops() // samples

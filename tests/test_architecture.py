@@ -14,6 +14,7 @@ PACKAGE = ROOT / "lightning_local"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 PUBLIC = {
+    "EarlyExit",
     "LocalCLI",
     "LocalLearner",
     "LocalParallelStrategy",
@@ -50,8 +51,17 @@ LAYERS = [
     {"setting"},
     {"rehearsal"},
     {"balancing"},
-    {"compiling", "stepping", "head_accuracy", "publisher", "tables", "pictures", "watching"},
-    {"saving"},
+    {
+        "compiling",
+        "exits",
+        "stepping",
+        "head_accuracy",
+        "publisher",
+        "tables",
+        "pictures",
+        "watching",
+    },
+    {"saving", "early_exit"},
     {"callbacks", "loop"},
     {"learner"},
     {"limits", "placement", "feeding", "in_step"},
