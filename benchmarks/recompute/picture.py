@@ -35,9 +35,13 @@ def draw(folder: Path) -> None:
                 axes.annotate(
                     "nothing twice", (xs[0], ys[0]), (6, 4), textcoords="offset points", fontsize=8
                 )
-                for row in line[1:]:
+                named = 0.0
+                for row in sorted(line[1:], key=lambda row: row["step, x"]):
+                    if row["step, x"] - named < 0.06:
+                        continue  # the other's name would lie on it
+                    named = row["step, x"]
                     axes.annotate(
-                        f"first {row['in local modules']}", (row["step, x"], row["peak, x"]),
+                        f"first {row['in local modules']}", (named, row["peak, x"]),
                         (4, 5), textcoords="offset points", fontsize=8,
                     )  # fmt: skip
     axes.set_ylim(0)
