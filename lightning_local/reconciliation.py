@@ -7,6 +7,8 @@ is the boundary gradient (travels forward); g_in(k) = d l_k / d x_{k-1}.
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from lightning_local.ranges import count, number, one_of
@@ -15,6 +17,8 @@ from lightning_local.work import Coupling, Work, unscaled
 
 __all__ = ["DISTANCES", "GradientReconciliation", "gradient_distance"]
 
+# torch has no class for these two.
+_NO_DERIVATIVE = re.compile("derivative for .* is not implemented|differentiate twice")
 DISTANCES = ("squared_l2", "mse", "cosine", "normalized_l2")
 
 
@@ -133,10 +137,27 @@ class GradientReconciliation(Coupling):
         work.loss = work.loss + weight * penalty
 
     def backward(self, work: Work) -> None:
-        """Backward of J_k; the first local module's was its own pass."""
+        """Backward of J_k; the first local module's was its own pass.
+
+        Raises:
+            ValueError: torch can't differentiate the gradient of something in the local module.
+        """
         loss, work.loss = work.loss, None
-        if loss is not None:
+        if loss is None:
+            return
+        try:
             work.run_backward(loss)
+        except RuntimeError as error:
+            # torch has no class for them.
+            if not re.search(
+                "derivative for .* is not implemented|differentiate twice", str(error)
+            ):
+                raise
+            raise ValueError(
+                f"SGR's reconciliation differentiates gradients once more, which torch can't for a "
+                f"layer of this network ({error}): replace the layer (Hardswish by SiLU, "
+                "Hardsigmoid by Sigmoid, say), or take a coupling without second derivatives."
+            ) from error
 
     def backward_flops(self, body: float, head: float, *, units: int, first: bool) -> float:
         """g_in costs 1 forward, the backward of J_k 2 for each of the two passes in its graph."""

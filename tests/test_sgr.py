@@ -4,9 +4,10 @@ import lightning as L
 import pytest
 import torch
 from networks import Cnn, Mlp, Vit
-from settings import batches, fit, learner_of, make
+from settings import Lit, batches, fit, learner_of, make
+from torch import nn
 
-from lightning_local import Partition, couplings, heads, methods
+from lightning_local import LocalLearner, Partition, couplings, heads, methods
 from lightning_local.methods import LocalMethod
 
 WEIGHT_LAYERS = ("ConvolutionBackward0", "AddmmBackward0", "MmBackward0")
@@ -103,3 +104,30 @@ def test_statistics_are_updated_once_per_batch():
     counters = [b for name, b in learner.named_buffers() if name.endswith("num_batches_tracked")]
     assert len(counters) == 5 + 2
     assert {int(counter) for counter in counters} == {4}
+
+
+class Once(torch.autograd.Function):
+    """Has a gradient that can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return Once.apply(x)
+
+
+@pytest.mark.parametrize("layer", [nn.Hardsigmoid, Doubling])
+def test_what_has_no_second_derivative_is_named(layer):
+    net = nn.Sequential(*(part for _ in range(3) for part in (nn.Linear(7, 7), layer())))
+    learner = LocalLearner(Lit(net.double()), methods.SGR(), 3)
+    learner.build(batches(Mlp, 1)[0][0])
+    with pytest.raises(ValueError, match="SGR's reconciliation differentiates gradients once more"):
+        fit(learner, batches(Mlp, 1))
