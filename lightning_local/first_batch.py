@@ -15,6 +15,8 @@ from lightning_local.second_order import graph_nodes
 
 __all__ = ["check_graph", "check_target", "first_loss"]
 
+_IGNORED = -100  # by torch's cross entropy
+
 
 def first_loss(
     module: LocalModule,
@@ -79,11 +81,15 @@ def check_target(target: Any, output: Any) -> None:
         output: A head's: logits `(N, C)` or `(N, T, V)`.
 
     Raises:
-        ValueError: The targets are numbers, and neither class indices nor class probabilities.
+        ValueError: The targets are neither class indices of the heads' classes, one per prediction,
+            nor class probabilities.
     """
-    if not isinstance(target, torch.Tensor) or not target.is_floating_point():
+    if not isinstance(target, torch.Tensor) or not isinstance(output, torch.Tensor):
         return
-    if isinstance(output, torch.Tensor) and target.shape == output.shape:
+    if not target.is_floating_point():
+        _check_classes(target, output)
+        return
+    if target.shape == output.shape:
         sums = target.sum(-1)
         if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) and (target >= 0).all():
             return
@@ -93,3 +99,22 @@ def check_target(target: Any, output: Any) -> None:
         "entropy, needs. Pass LocalLearner(criterion=...), such as torch.nn.MSELoss() or "
         "torch.nn.BCEWithLogitsLoss()."
     )
+
+
+def _check_classes(target: torch.Tensor, output: torch.Tensor) -> None:
+    """A wrong index would end in an assertion on the device, which ends the process on a GPU."""
+    if target.shape != output.shape[:-1]:
+        raise ValueError(
+            f"The targets are class indices of shape {tuple(target.shape)}, and heads give "
+            f"{tuple(output.shape)}, which wants {tuple(output.shape[:-1])}: pass "
+            "LocalLearner(unpack=...) that returns one index per prediction, or criterion=... that "
+            "takes these."
+        )
+    classes = output.shape[-1]
+    wrong = target[((target < 0) | (target >= classes)) & (target != _IGNORED)]
+    if wrong.numel():
+        raise ValueError(
+            f"A target is class {int(wrong[0])}, and the heads' {classes} outputs are classes 0 to "
+            f"{classes - 1} ({_IGNORED} is left out): number the classes so, or give network and "
+            "heads (LocalLearner(out_features=...)) as many outputs as there are classes."
+        )

@@ -15,6 +15,7 @@ from lightning.pytorch.core.optimizer import (
     _configure_schedulers_automatic_opt,
 )
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -91,6 +92,11 @@ def recipes(
     shared: Sequence[Any] = (),
 ) -> list[Recipe]:
     """One recipe per local module: from the learner's callables, else `configure`'s, cloned."""
+    if len(own) > 1 and not any(p.requires_grad for parameters in own for p in parameters):
+        rank_zero_warn(
+            "No parameter of the module requires a gradient, so the heads alone are trained, for "
+            "EarlyExit, say: requires_grad_(True) where more is to learn."
+        )
     if optimizer is not None:
         return build_from_callables(optimizer, lr_scheduler, own, heads)
     return clone_per_module(read_recipe(configure()), own, heads, shared)
