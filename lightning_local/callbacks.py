@@ -87,7 +87,7 @@ class LocalSummary(pl.Callback):
         self.peaks = peaks.tolist() if peaks.any() else []
 
     def _keep(self, trainer: pl.Trainer, learner: LocalLearner | None) -> None:
-        if learner is None:
+        if learner is None or not self.pictures:
             return
         for kind, rows in self._curves.items():
             names = [f"local/{k:02d}/{kind}_epoch" for k in range(learner.num_modules)]
@@ -120,7 +120,9 @@ class LocalSummary(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the heads' accuracies."""
         self._stop(self._learner(pl_module), "val", log=not trainer.sanity_checking)
-        if self.accuracies and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self.accuracies and self.pictures:
             self._validations.append(self.accuracies)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -24,7 +24,7 @@ __all__ = ["Processes"]
 
 _DECISIONS, _REPORTS = 1, 2
 # Small sends that may be on their way at once.
-_PENDING = 512
+_PENDING = 64
 
 
 class Processes:
