@@ -188,6 +188,7 @@ def test_the_command(capsys, monkeypatch, tmp_path):
     config = str(ROOT / "examples/image_classification/digits_parallel.yaml")
     options = ["--memory", "1MB", "--batch_size", "32", "--picture", str(picture)]
     options += ["--trainer.accelerator", "gpu", "--model.init_args.method", "Greedy"]
+    options += ["--model.init_args.module.init_args.network.init_args.depth", "8"]
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--config", config, *options])
     assert ended.value.code == 1

@@ -100,8 +100,8 @@ def test_distances_by_hand():
     a = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     b = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     # Times N = 2 per sample: differences (2, -2) and (0, 2).
-    assert gradient_distance(a, b, "squared_l2") == (8 + 4) / 2
-    assert gradient_distance(a, b, "mse") == (8 + 4) / 4
+    assert gradient_distance(a, b, "squared_l2") == pytest.approx((8 + 4) / 2, rel=1e-15)
+    assert gradient_distance(a, b, "mse") == pytest.approx((8 + 4) / 4, rel=1e-15)
     assert gradient_distance(a, b, "cosine") == pytest.approx((1 + 0) / 2)
     assert gradient_distance(a, b, "normalized_l2") == pytest.approx(2**0.5 / 2, abs=1e-5)
     assert gradient_distance(a, a, "squared_l2") == 0

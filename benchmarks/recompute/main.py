@@ -90,8 +90,8 @@ def main() -> None:
     """Measures and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=32, help="images of a timed step")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
-    parser.add_argument("--rounds", type=int, default=2, help="the fastest step counts")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps of a round")
+    parser.add_argument("--rounds", type=int, default=3, help="the fastest step counts")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--table", action="store_true", help="only rewrite table and picture")
     options = parser.parse_args()
