@@ -30,6 +30,9 @@ _CHANNEL_FIRST = (
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
 )
+# Attributes with the number of channels that a layer takes, and that it returns.
+_NORMS = ("num_features", "num_channels")
+_SIZES = (("in_channels", "in_features", *_NORMS), ("out_channels", "out_features", *_NORMS))
 _CHANNEL_LAST = (nn.LayerNorm, nn.Linear, nn.RMSNorm, nn.Embedding)
 
 
@@ -181,11 +184,20 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def _channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """Where a layer of torch.nn finds the channels; a subclass may permute, so it says nothing."""
-    if not type(module).__module__.startswith("torch.nn"):
-        return 0
-    return len(shape) - 1 if isinstance(module, _CHANNEL_LAST) else 1
+def _channel_dim(module: nn.Module, shape: tuple[int, ...], before: bool) -> int:
+    """Where a layer has the channels of what it returned (`before` the cut) or takes; 0 if unclear.
+
+    A subclass of torch's layers may permute: it has them where their number is, if that is clear.
+    """
+    last = len(shape) - 1
+    if type(module).__module__.startswith("torch.nn"):
+        return last if isinstance(module, _CHANNEL_LAST) else 1
+    sizes = {getattr(module, name, None) for name in _SIZES[before]}
+    normalized: Any = getattr(module, "normalized_shape", ())
+    if len(normalized) == 1:
+        sizes |= {normalized[0]}
+    found = [dim for dim in (1, last) if shape[dim] in sizes]
+    return found[0] if len(found) == 1 else 0
 
 
 def boundary(trace: Trace, values: Values, i: int, name: str, layout: str = "auto") -> Boundary:
@@ -220,7 +232,8 @@ def boundary(trace: Trace, values: Values, i: int, name: str, layout: str = "aut
         return Boundary(shape[1:], 1)
     before = [e for e in values.events if e.position <= i and e.output == shape]
     behind = [e for e in values.events if e.position > i and e.input == shape]
-    found = [_channel_dim(e.module, shape) for e in before[-1:] + behind[:1]]
+    found = [_channel_dim(e.module, shape, True) for e in before[-1:]]
+    found += [_channel_dim(e.module, shape, False) for e in behind[:1]]
     dims = {dim for dim in found if dim}
     if len(dims) != 1:
         kinds = [type(e.module).__name__ for e in before[-1:] + behind[:1]]

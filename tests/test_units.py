@@ -245,6 +245,28 @@ def test_an_ambiguous_layout_is_an_error_where_a_cut_is_made():
     assert cut(recurrent(), TOKENS, split_points=["a"]).boundaries[0].channels == D
 
 
+class TokenNorm(nn.LayerNorm):
+    """A subclass of the user's, which may do anything."""
+
+
+class MapNorm(nn.BatchNorm2d):
+    """Another one."""
+
+
+@pytest.mark.parametrize(("width", "dim"), [(D, 2), (5, 0)])
+def test_a_subclass_has_its_channels_where_their_number_is(width, dim):
+    """Tokens are (5, D) here, so 5 features could be either dimension."""
+    tokens = torch.randn(4, 5, width)
+    network = nn.Sequential(TokenNorm(width), nn.ReLU(), TokenNorm(width))
+    if dim:
+        assert cut(network, tokens, split_points=["1"]).boundaries[0].channel_dim == dim
+    else:
+        with pytest.raises(ValueError, match="not clear: the layers around it .TokenNorm, TokenN"):
+            cut(network, tokens, split_points=["1"])
+    network = nn.Sequential(MapNorm(3), nn.ReLU(), MapNorm(3))
+    assert cut(network, IMAGE, split_points=["1"]).boundaries[0].channel_dim == 1
+
+
 def test_neighbours_that_disagree_about_the_channels():
     network = nn.Sequential(conv(3, 8), nn.Linear(8, 8), conv(8, 2), nn.Flatten())
     network.append(nn.Linear(128, 2))
