@@ -61,8 +61,12 @@ def test_a_network_of_one_unit_says_that_nothing_is_local(quiet):
 
 def test_a_frozen_network_trains_its_heads_and_says_so(quiet):
     learner = greedy(Lit().requires_grad_(False))
+    learner.build(torch.randn(2, 1, 6, 6))
+    heads = [parameter.detach().clone() for parameter in learner.local_modules.parameters()]
     before = {name: tensor.clone() for name, tensor in learner.network.named_parameters()}
     with pytest.warns(UserWarning, match="the heads alone are trained"):
         fit(learner, quiet, epochs=1)
     for name, parameter in learner.network.named_parameters():
         assert torch.equal(parameter, before[name]), name
+    for parameter, old in zip(learner.local_modules.parameters(), heads, strict=True):
+        assert not torch.equal(parameter, old)
