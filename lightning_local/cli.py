@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
@@ -18,7 +18,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import (
     _given_hyperparameters_context,
 )
 
-from lightning_local import couplings, heads, losses, methods
+from lightning_local.cli_errors import Parser, Refusal, kinds, options_of, place_of, raised_by
 from lightning_local.learner import LocalLearner
 from lightning_local.wrapper import of_the_module
 
@@ -29,7 +29,8 @@ class LocalCLI(LightningCLI):
     """LightningCLI for learners and datamodules given by `class_path`.
 
     The module inside has its own hyper-parameters, as if it were the CLI's model; a checkpoint
-    never changes what the configuration says is built.
+    never changes what the configuration says is built. A value that a class of this package refuses
+    is one short message; with `JSONARGPARSE_DEBUG=true` in the environment it has its traceback.
 
     Args:
         args: Model and datamodule class, as `LightningCLI` takes them.
@@ -43,7 +44,7 @@ class LocalCLI(LightningCLI):
             "subclass_mode_model": not args and "model_class" not in kwargs,
             "subclass_mode_data": len(args) < 2 and "datamodule_class" not in kwargs,
             "save_config_kwargs": {"overwrite": True},
-            "parser_class": _Parser,
+            "parser_class": Parser,
         }
         given = dict(zip(("model_class", "datamodule_class"), args, strict=False))
         super().__init__(*args[2:], **{**defaults, **given, **kwargs})
@@ -60,8 +61,8 @@ class LocalCLI(LightningCLI):
         Returns:
             A function that makes the learner, with the options of both as its signature.
         """
-        inner, own = _options(module_class), {}
-        for name, parameter in _options(LocalLearner).items():
+        inner, own = options_of(module_class), {}
+        for name, parameter in options_of(LocalLearner).items():
             if name != "module":
                 free = f"local_{name}" if name in inner else name
                 own[free] = (name, parameter.replace(name=free))
@@ -110,8 +111,53 @@ class LocalCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would replace model and options by those the checkpoint was made with."""
 
+    def instantiate_classes(self) -> None:
+        """As Lightning's, but a constructor's error is not buried in all that jsonargparse tried.
+
+        Ours about a value ends the program with a message; a user's comes with its own traceback.
+        """
+        self._failure: Exception | None = None
+        for kind in kinds().values():
+            self.parser.add_instantiator(self._make, kind, subclasses=True)
+        try:
+            super().instantiate_classes()
+            return
+        except Exception as error:
+            cause = error
+            while raised_by(cause) == "jsonargparse" and isinstance(cause.__cause__, Exception):
+                cause = cause.__cause__
+            if raised_by(cause) == "jsonargparse":
+                cause = self._failure or error
+            if cause is error and not isinstance(cause, Refusal):
+                raise
+        # Outside of the handler: Python would show what was tried as well.
+        if isinstance(cause, Refusal):
+            self.parser.error(str(cause), cause)
+        raise cause
+
+    def _make(self, class_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._noting(class_type, kwargs):
+            return class_type(*args, **kwargs)
+
+    @contextmanager
+    def _noting(self, class_type: Any, given: Mapping[str, Any]) -> Iterator[None]:
+        """Keeps what a constructor raises: of a union's errors, jsonargparse chains the first."""
+        try:
+            yield
+        except Exception as error:
+            self._failure = error
+            owners = (class_type.__module__.partition(".")[0], raised_by(error))
+            if {*owners} != {"lightning_local"} or not isinstance(error, (TypeError, ValueError)):
+                raise
+            config = self.config.get(str(self.config.get("subcommand")), self.config)
+            place = place_of(config.as_dict(), class_type.__name__, given)
+            self._failure = Refusal(f"{place} ({class_type.__name__}):\n  {error}".lstrip())
+            raise self._failure from error
+
 
 class _ModuleInside(_InstantiatorFn):
+    cli: LocalCLI
+
     def __call__(
         self,
         class_type: Any,
@@ -119,73 +165,14 @@ class _ModuleInside(_InstantiatorFn):
         applied_instantiation_links: dict[str, Any],
         **kwargs: Any,
     ) -> Any:
+        links = {"applied_instantiation_links": applied_instantiation_links}
         self.cli._dump_config()
         inner = of_the_module(self.cli.config_dump.get(self.key) or {})
-        if inner is None or issubclass(class_type, LocalLearner):
-            return super().__call__(
-                class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs
-            )
-        with _given_hyperparameters_context(inner, "lightning.pytorch.cli.instantiate_module"):
-            return class_type(*args, **kwargs)
-
-
-def _options(owner: type) -> dict[str, inspect.Parameter]:
-    """The constructor's named parameters, with their types resolved."""
-    # mypy fears that a subclass has another __init__; it is this class's that is asked for.
-    parameters = inspect.signature(owner.__init__, eval_str=True).parameters  # type: ignore[misc]
-    return {
-        name: parameter
-        for name, parameter in parameters.items()
-        if name != "self"
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    }
-
-
-class _Parser(LightningArgumentParser):
-    """Says what is wrong, without the usage and the whole configuration around it."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = _shortened(message)
-        if not self.exit_on_error:
-            super().error(message, ex)
-        self.exit(2, f"error: {text}\n{_suggestion(message)}")
-        raise AssertionError("exit does not return")
-
-
-def _shortened(message: str) -> str:
-    """A parser's message without dumps of the configuration and repeated alternatives."""
-    message = re.sub(r"Namespace\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "...", message)
-    lines = [line.rstrip() for line in message.splitlines() if line.strip()]
-    kept = list(dict.fromkeys(line for line in lines if len(line) < 400))
-    return "\n".join(kept[:12] + (["  ..."] if len(kept) > 12 else []))
-
-
-@functools.cache
-def _names() -> list[str]:
-    """What a user of this package may have meant."""
-    pieces = [getattr(m, n) for m in (heads, losses, couplings) for n in m.__all__]
-    classes = [*methods.METHODS.values(), LocalLearner, *pieces]
-    kinds = [kind for kind in classes if isinstance(kind, type)]
-    options = [name for kind in kinds for name in _options(kind)]
-    return sorted({*options, *(kind.__name__ for kind in kinds), "Partition", "LocalSummary"})
-
-
-_UNKNOWN = (
-    r"Option '([\w.]+)' is not accepted",
-    r"Expected a path but ([\w.]+) either not accessible",
-    r"Unrecognized arguments: --([\w.]+)",
-    r"has no attribute '([\w.]+)'",
-)
-
-
-def _suggestion(message: str) -> str:
-    """The name closest to one that a message calls unknown."""
-    for word in (found for pattern in _UNKNOWN for found in re.findall(pattern, message)):
-        last = word.rpartition(".")[2]
-        close = difflib.get_close_matches(last, _names(), 1, 0.7)
-        if close and close[0] != last:
-            return f"Did you mean {close[0]!r}, not {last!r}?\n"
-    return ""
+        with self.cli._noting(class_type, kwargs):
+            if inner is None or issubclass(class_type, LocalLearner):
+                return super().__call__(class_type, *args, **links, **kwargs)
+            with _given_hyperparameters_context(inner, "lightning.pytorch.cli.instantiate_module"):
+                return class_type(*args, **kwargs)
 
 
 def main(args: list[str] | None = None) -> None:

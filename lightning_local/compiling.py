@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch._functorch.config
@@ -78,7 +79,12 @@ def _compiled(number: int) -> Callable[..., Any]:
     would put all local modules under one.
     """
     name = f"local_{number}"
-    scope: dict[str, Any] = {}
-    exec(f"def {name}(module, *values): return module._call_impl(*values)", scope)
-    compiled: Callable[..., Any] = torch.compile(scope[name])
+    # A copy of a function of this file, not an exec: what has no file, torch before 2.10 compiles
+    # under a wrapper that they share.
+    code = _call.__code__.replace(co_name=name)
+    compiled: Callable[..., Any] = torch.compile(FunctionType(code, globals(), name))
     return compiled
+
+
+def _call(module: nn.Module, *values: Any) -> Any:
+    return module._call_impl(*values)  # type: ignore[no-untyped-call]  # torch's own, untyped

@@ -1,19 +1,22 @@
-"""What can only be seen in the first batch of a fit: whether targets, losses and graphs fit.
+"""What can only be seen in a first batch: whether targets, losses and graphs fit.
 
-All of it is raised before a weight changes. Reading from the device is fine here, once.
+All of it is raised before the local module in question steps. Reading from the device is fine here,
+once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_local.local_module import LocalModule
 from lightning_local.message import Message
 from lightning_local.second_order import graph_nodes
 
-__all__ = ["check_graph", "check_target", "first_loss"]
+__all__ = ["check_graph", "check_reach", "check_target", "first_loss"]
 
 _IGNORED = -100  # by torch's cross entropy
 
@@ -70,6 +73,32 @@ def check_graph(loss: torch.Tensor) -> None:
         raise ValueError(
             "The network uses torch.utils.checkpoint with use_reentrant=True, which hides its "
             "parameters from the method's coupling: pass use_reentrant=False."
+        )
+
+
+def check_reach(loss: torch.Tensor, module: nn.Module, own: Sequence[nn.Parameter]) -> None:
+    """Looks whether the user's loss stays in the last local module.
+
+    The gradients of a penalty on all weights would wait in the others until their next step.
+
+    Args:
+        loss: What `training_step` returned.
+        module: The user's module.
+        own: What of it the last local module trains.
+
+    Raises:
+        ValueError: The loss depends on parameters of other local modules.
+    """
+    reached = {id(node.variable) for node in graph_nodes(loss.grad_fn) if hasattr(node, "variable")}
+    reached -= {id(parameter) for parameter in own}
+    names = [name for name, p in module.named_parameters() if id(p) in reached]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"The loss of training_step depends on {names[0]}{more}, which other local modules "
+            "train: it teaches the last one alone. Penalties on weights belong into the optimizer "
+            "(weight_decay), losses on hidden states into the method; call the network as a whole, "
+            "not its layers."
         )
 
 

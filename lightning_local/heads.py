@@ -28,7 +28,7 @@ from lightning_local.layers import (
 from lightning_local.place import Place
 from lightning_local.ranges import count, number, one_of
 
-__all__ = ["MLP", "Augmented", "Conv", "Head", "Linear"]
+__all__ = ["MLP", "Augmented", "Conv", "Head", "Linear", "Pool"]
 
 
 class Head(ABC):

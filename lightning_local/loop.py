@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_local.batch_loop import BatchLoop
 from lightning_local.compiling import Compiled
 from lightning_local.couplings import Work
-from lightning_local.first_batch import check_graph, first_loss
+from lightning_local.first_batch import check_graph, check_reach, first_loss
 from lightning_local.local_module import LocalModule
 from lightning_local.message import Message
 from lightning_local.meter import existing
@@ -185,6 +185,8 @@ class TrainingLoop(BatchLoop):
         network = Substitute(self.learner.network, run, self._expected, self._first)
         with network.active():
             loss = self._users_step(message)
+        if loss is not None and (self._first or message.batch_idx == 0):
+            check_reach(loss, self.learner.module, self.learner.parameters_per_module()[0][-1])
         self.metrics.note_changed(network.changed)
         return loss, network.output
 

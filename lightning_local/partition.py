@@ -114,7 +114,10 @@ class Partition:
             isinstance(p, (str, int)) and not isinstance(p, bool) for p in request
         )
         if not named:
-            raise TypeError(f"partition={request!r}: split points are names of submodules (str).")
+            raise TypeError(
+                f"partition={request!r}: pass 'units', a number of local modules, a list of names "
+                "of submodules to cut after, or a Partition."
+            )
         return Partition(split_points=[str(point) for point in request])
 
 

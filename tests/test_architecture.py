@@ -71,6 +71,7 @@ LAYERS = [
     {"measuring", "plan_picture"},
     {"plan"},
     {"planner"},
+    {"cli_errors"},
     {"cli"},
     {"plan_command"},
     {"__init__", "__main__"},

@@ -67,6 +67,7 @@ argument("method", lambda: LocalLearner(Lit(), "auglocl"), "'auglocl'", "Did you
 argument("method type", lambda: LocalLearner(Lit(), 3), "3", "pass one of", kind=TypeError)
 argument("one module", lambda: LocalLearner(Lit(), "EndToEnd", 2), "partition=2", "leave partition")
 argument("partition", lambda: LocalLearner(Lit(), "SGR", "blocks"), "'blocks'", "pass 'units'")
+argument("no request", lambda: greedy(Lit(), partition=None), "None", "'units'", kind=TypeError)
 argument("no module", lambda: LocalLearner(Lit(), "SGR", 0), "num_modules=0", "pass a positive int")
 argument("both", lambda: Partition(2, ["a"]), "both num_modules and", "pass one of the two")
 argument("twice", lambda: Partition(split_points=["a", "a"]), "'a'", "once is enough")
@@ -263,6 +264,15 @@ def a_skipped_batch():
 @case(["a loss of shape (4,)", "return a scalar"])
 def a_loss_that_is_no_scalar():
     stepping(lambda self, b, batch_idx: self(b[0]).mean(0))
+
+
+@case(["depends on network.stem.weight and 7 more", "teaches the last one alone", "weight_decay"])
+def a_penalty_on_all_weights():
+    def step(self, batch, batch_idx):
+        penalty = sum(p.square().sum() for p in self.parameters())
+        return functional.cross_entropy(self(batch[0]), batch[1]) + 1e-4 * penalty
+
+    stepping(step)
 
 
 # Batches.
