@@ -29,21 +29,12 @@ def _machine() -> str:
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
-def write(folder: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
-    """Writes `result.json` and renews the README's table.
-
-    Args:
-        folder: The benchmark's.
-        rows: One mapping per row, with the same keys each.
-        facts: What else belongs to the result, such as the seed.
-    """
+def environment() -> dict[str, Any]:
+    """Commit, date, machine and versions, for a result."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    # A path says something about the machine alone.
-    given = [f"FOLDER/{Path(a).name}" if a.startswith("/") else a for a in sys.argv[1:]]
-    result = {
-        "command": " ".join(["python", "-m", f"benchmarks.{folder.name}.main", *given]),
+    return {
         "commit": commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
         "machine": _machine(),
@@ -52,6 +43,22 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None
             "torch": torch.__version__,
             "lightning": lightning.__version__,
         },
+    }
+
+
+def write(folder: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
+    """Writes `result.json` and renews the README's table.
+
+    Args:
+        folder: The benchmark's.
+        rows: One mapping per row, with the same keys each.
+        facts: What else belongs to the result, such as the seed.
+    """
+    # A path says something about the machine alone.
+    given = [f"FOLDER/{Path(a).name}" if a.startswith("/") else a for a in sys.argv[1:]]
+    result = {
+        "command": " ".join(["python", "-m", f"benchmarks.{folder.name}.main", *given]),
+        **environment(),
         **facts,
         "rows": list(rows),
     }

@@ -20,7 +20,7 @@ from lightning_local.metrics import LocalMetrics
 from lightning_local.precision import LossScalers, outside_precision
 from lightning_local.publisher import Publisher
 from lightning_local.randomness import set_global_states
-from lightning_local.saving import SavingByStep
+from lightning_local.saving import SavingByStep, load_waiting_loaders
 from lightning_local.schedules import Schedules
 from lightning_local.state import Resumed
 from lightning_local.stepping import Stepping
@@ -70,6 +70,7 @@ class TrainingLoop(BatchLoop):
 
     def resume(self, resumed: Resumed) -> None:
         """Goes on where a checkpoint was saved."""
+        load_waiting_loaders(self.trainer)
         self.scalers.load(resumed.scalers)
         self.schedules.load(resumed.plateau)
         if resumed.mid_epoch and resumed.random is not None:

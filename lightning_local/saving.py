@@ -1,4 +1,4 @@
-"""Checkpoints within an epoch, as the plain module's are written."""
+"""Checkpoints within an epoch, written as the plain module's are, and read so that runs go on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,21 @@ from lightning_local.publisher import share_metrics
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["SavingByStep"]
+__all__ = ["SavingByStep", "load_waiting_loaders"]
+
+
+def load_waiting_loaders(trainer: pl.Trainer) -> None:
+    """Gives stateful loaders the state that Lightning still holds when training starts.
+
+    Who asked for `estimated_stepping_batches` in `configure_optimizers`, as OneCycleLR does, had the
+    loaders made before the file was read, and Lightning then never loads them (its issue 20550).
+    """
+    loop = trainer.fit_loop
+    waiting, loaders = loop._combined_loader_states_to_load, loop._combined_loader
+    if waiting and loaders is not None and loop._data_fetcher is not None:
+        loaders._load_state_dicts(waiting)
+        loop._combined_loader_states_to_load = []
+        iter(loop._data_fetcher)  # the iterator that is there may be where the old state was
 
 
 class _Automatic:

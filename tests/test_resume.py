@@ -30,6 +30,10 @@ class Scheduled(Lit):
         optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
         if self.kind == "step":
             return [optimizer], [schedulers.StepLR(optimizer, 1, 0.5)]
+        if self.kind == "onecycle":
+            steps = self.trainer.estimated_stepping_batches  # makes the loaders
+            scheduler = schedulers.OneCycleLR(optimizer, 0.04, steps)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
         scheduler = schedulers.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1.0)
         return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": "val/loss"}
 
@@ -121,17 +125,16 @@ class Stateful:
         self.order, self.position, self.loaded = state["order"], state["position"], True
 
 
+@pytest.mark.parametrize("kind", ["step", "onecycle"])
 @pytest.mark.parametrize("method", ["EndToEnd", "BackLink", "SGR"])
-def test_in_an_epoch_with_a_stateful_loader(method, tmp_path, quiet):
+def test_in_an_epoch_with_a_stateful_loader(method, kind, tmp_path, quiet):
     options = {**quiet, "enable_checkpointing": True}
     saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
-    whole = train(options, method, callbacks=[saving], loader=Stateful(), kind="step")
+    whole = train(options, method, callbacks=[saving], loader=Stateful(), kind=kind)
     assert len(Stateful()) == 5
     assert whole[0].global_step == 15
     for step in (2, 4, 6, 12):
-        resumed = train(
-            quiet, method, tmp_path / f"step={step}.ckpt", loader=Stateful(), kind="step"
-        )
+        resumed = train(quiet, method, tmp_path / f"step={step}.ckpt", loader=Stateful(), kind=kind)
         assert len(resumed[1].module.seen) == 15 - step
         same(whole, resumed)
 

@@ -2,6 +2,8 @@
 
 from examples.image_classification.data import (
     Cifar10DataModule,
+    Cifar100DataModule,
+    FashionMnistDataModule,
     Stl10DataModule,
     SvhnDataModule,
 )
@@ -12,9 +14,11 @@ from examples.image_classification.network import CifarResNet
 from examples.image_classification.vit import TinyViT
 
 __all__ = [
+    "Cifar100DataModule",
     "Cifar10DataModule",
     "CifarResNet",
     "DigitsDataModule",
+    "FashionMnistDataModule",
     "ImageNetDataModule",
     "LitClassifier",
     "Stl10DataModule",

@@ -8,6 +8,7 @@ images these are, `digits.py` and `data.py` say.
 Shapes: M images in the data set, N in a batch, C channels, H and W the image's sides.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -65,19 +66,29 @@ class ImageDataset(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """Images `(N, C, H, W)` and labels `(N,)`; the data loader calls this with a batch."""
-        chosen = torch.tensor(indices)
+        chosen = torch.as_tensor(indices).to(self.images.device)
         images = self._shifted(chosen) if self.pad else self.images[chosen]
         x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return x.sub_(self.mean).div_(self.std), self.labels[chosen]
 
+    def to(self, device: torch.device | str) -> "ImageDataset":
+        """The same images on a device, where batches are then made."""
+        moved = copy.copy(self)
+        for name in ("images", "labels", "mean", "std"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
     def _shifted(self, chosen: Tensor) -> Tensor:
         """Padded, cropped and mirrored images `(N, H, W, C)`, in one gather of pixels."""
-        count = len(chosen)
+        count, device = len(chosen), chosen.device
         _, height, width, channels = self.images.shape
-        top, left = torch.randint(-self.pad, self.pad + 1, (2, count, 1))
-        rows, columns = top + torch.arange(height), left + torch.arange(width)
+        # Drawn on the CPU, so that images are the same on every device.
+        top, left = torch.randint(-self.pad, self.pad + 1, (2, count, 1)).to(device)
+        rows = top + torch.arange(height, device=device)
+        columns = left + torch.arange(width, device=device)
         if self.mirror:
-            columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+            mirrored = torch.rand(count, 1).to(device) < 0.5
+            columns = torch.where(mirrored, columns.flip(1), columns)
         first = chosen.view(-1, 1, 1) * (height * width)
         inner_rows, inner_columns = _reflect(rows, height), _reflect(columns, width)
         pixels = first + inner_rows.unsqueeze(2) * width + inner_columns.unsqueeze(1)

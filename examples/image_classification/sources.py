@@ -16,23 +16,24 @@ from torch import Tensor
 
 from examples.image_classification.images import ImageDataset, Parts
 
-__all__ = ["StoredImages"]
+__all__ = ["Reader", "StoredImages"]
 
-# (root, train, download) -> (uint8 images (M, H, W, 3), labels (M,)), through torchvision.
+# (root, train, download) -> (uint8 images (M, H, W, C), labels (M,)), through torchvision.
 Reader = Callable[[str, bool, bool], tuple[NDArray[Any], Any]]
 Make = Callable[[Tensor, Tensor], ImageDataset]
 
 
 class StoredImages:
-    """Square colour images of 10 classes, from exactly one of two sources.
+    """Labelled images of one size, from exactly one of two sources.
 
     Args:
-        path: A `.npz` file with the images `x_train` and `x_test`, uint8 `(M, side, side, 3)`, and
-            the labels `y_train` and `y_test`, integers `(M,)` in 0..9.
+        path: A `.npz` file with the images `x_train` and `x_test`, uint8 `(M, *shape)`, and the
+            labels `y_train` and `y_test`, integers `(M,)` in 0..classes-1.
         torchvision_root: Folder that torchvision reads.
         download: Let torchvision download into `torchvision_root` what is missing there.
         val_size: Training images held out for validation; with 0 the test images serve for it.
-        side: Side of the images in pixels.
+        shape: Height, width and channels of an image.
+        classes: Number of classes.
         read: Reads one part of the data set through torchvision.
 
     Raises:
@@ -46,7 +47,8 @@ class StoredImages:
         download: bool,
         val_size: int,
         *,
-        side: int,
+        shape: tuple[int, int, int],
+        classes: int,
         read: Reader,
     ) -> None:
         if (path is None) == (torchvision_root is None):
@@ -62,7 +64,8 @@ class StoredImages:
         self.torchvision_root = torchvision_root
         self.wants_download = download
         self.val_size = val_size
-        self.side = side
+        self.shape = shape
+        self.classes = classes
         self.read = read
 
     def download(self) -> None:
@@ -81,7 +84,7 @@ class StoredImages:
                 held out.
         """
         if self.path is not None:
-            x, y, x_test, y_test = _read_npz(Path(self.path), self.side)
+            x, y, x_test, y_test = _read_npz(Path(self.path), self.shape, self.classes)
         else:
             root = str(self.torchvision_root)
             x, y = _tensors(*self.read(root, True, False))
@@ -98,7 +101,9 @@ class StoredImages:
         return Parts(train(x[kept], y[kept]), plain(x[held_out], y[held_out]), test)
 
 
-def _read_npz(path: Path, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _read_npz(
+    path: Path, shape: tuple[int, ...], classes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and labels, training then test, from a `.npz` file."""
     names = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
@@ -115,15 +120,15 @@ def _read_npz(path: Path, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             )
         x_train, y_train, x_test, y_test = (arrays[name] for name in names)
     for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        if x.dtype != np.uint8 or x.shape != (len(y), side, side, 3):
+        if x.dtype != np.uint8 or x.shape != (len(y), *shape):
             raise ValueError(
                 f"x_{name} in {path} is {x.dtype} {x.shape} beside {len(y)} labels: "
-                f"it must be uint8 ({len(y)}, {side}, {side}, 3)."
+                f"it must be uint8 {(len(y), *shape)}."
             )
-        if len(y) and not 0 <= y.min() <= y.max() <= 9:
+        if len(y) and not 0 <= y.min() <= y.max() < classes:
             raise ValueError(
-                f"y_{name} in {path} has labels in {y.min()}..{y.max()}: number the 10 classes "
-                "0..9 (SVHN's and STL-10's own files say 1..10)."
+                f"y_{name} in {path} has labels in {y.min()}..{y.max()}: number the {classes} "
+                f"classes 0..{classes - 1} (SVHN's and STL-10's own files say 1..10)."
             )
     return _tensors(x_train, y_train) + _tensors(x_test, y_test)
 
