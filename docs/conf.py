@@ -52,6 +52,7 @@ _PARTS = {
     "Go further": ["docs/extending", "docs/results", "docs/api"],
     "Examples and benchmarks": [
         "examples/image_classification/README",
+        "benchmarks/accuracy/README",
         "benchmarks/methods/README",
         "benchmarks/memory/README",
         "benchmarks/memory/CHECK",

@@ -126,9 +126,10 @@ def split_points(learner: LocalLearner, builder: Builder) -> tuple[str, ...]:
     if request.balance == "units" or request.num_modules == 1:
         points = builder.points()
         if not points and not ends_to_end(request):
+            remedy = "Partition(granularity='finest') or explicit split points may cut it."
             rank_zero_warn(
                 f"`{builder.name}` has one unit, so it is trained end to end, without local "
-                "modules: Partition(granularity='finest') or explicit split points may cut it."
+                f"modules. {builder.cutter.obstacle or remedy}"
             )
         return points
     builder.points(Partition(num_modules=request.num_modules))  # the checks of a plain request

@@ -78,7 +78,8 @@ class Builder:
         if request.split_points is not None:
             return tuple(request.split_points)
         tail = self.method.head.tail_units if self.method.head is not None else 0
-        return choose_points(self.cutter.unit_points, request, tail, self.name)
+        cutter = self.cutter
+        return choose_points(cutter.unit_points, request, tail, self.name, cutter.obstacle)
 
     def make(
         self,

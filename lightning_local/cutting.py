@@ -8,7 +8,7 @@ Legend: n units, K local modules; a split point is the name of a submodule after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_local.body import Body
 from lightning_local.dryrun import Boundary, boundary, check_composition, run_values
 from lightning_local.partition import Partition, check_names
 from lightning_local.slicing import place, slices
-from lightning_local.tracing import trace
+from lightning_local.tracing import REMEDY, trace
 from lightning_local.units import find_units, has_hooks, opens_candidates
 
 __all__ = ["Cutter", "Cutting"]
@@ -64,6 +64,13 @@ def _check_hooks(network: nn.Module, opened: Iterable[str]) -> None:
             )
 
 
+def _obstacle(network: nn.Module, opaque: Mapping[str, str]) -> str:
+    def size(path: str) -> tuple[int, int]:
+        return sum(p.numel() for p in network.get_submodule(path).parameters()), -len(path)
+
+    return opaque[max(opaque, key=size)] + REMEDY if opaque else ""
+
+
 class Cutter:
     """A traced network with its units, ready to be cut.
 
@@ -79,6 +86,8 @@ class Cutter:
         unit_boundaries: The form of what each unit returns, for all but the last unit; None where
             it is not clear.
         output: What the network returns: a tensor without data, or a structure of them.
+        obstacle: Why there are no units inside the largest module that can't be followed; empty
+            where everything could be.
 
     Raises:
         ValueError: The network has no parameters, or can't be traced or cut as asked.
@@ -91,6 +100,7 @@ class Cutter:
         self.network, self.name = network, name
         opens = opens_candidates(network, request.leaves, request.granularity)
         coarse = trace(network, opens, training=True, num_inputs=len(inputs))
+        self.obstacle = _obstacle(network, coarse.opaque)
         self.unit_points = tuple(find_units(network, coarse, run_values(network, coarse, inputs)))
         points = tuple(request.split_points or ())
         parts = [path.split(".") for path in (*self.unit_points, *points)]

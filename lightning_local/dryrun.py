@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_local.in_place import check_lists, filled
 from lightning_local.preserving import attributes_kept, training_mode
 from lightning_local.tracing import Trace
 
@@ -155,8 +156,7 @@ def run_values(network: nn.Module, trace: Trace, inputs: Sequence[Any]) -> Value
         remaining = iter(arguments)
         for i, node in enumerate(trace.nodes):
             position = i
-            args = fx.node.map_arg(node.args, values.__getitem__)
-            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            args, kwargs = filled((node.args, node.kwargs), values)
             if node.op == "placeholder":
                 values[node] = next(remaining)
             elif node.op == "get_attr":
@@ -164,6 +164,7 @@ def run_values(network: nn.Module, trace: Trace, inputs: Sequence[Any]) -> Value
                 values[node] = getattr(host.get_submodule(path), name)
             elif node.op == "call_module":
                 values[node] = host.get_submodule(str(node.target))(*args, **kwargs)
+                check_lists(node, (args, kwargs), values, trace.alive(i))
             elif node.op == "call_method":
                 values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             elif node.op == "call_function":
@@ -204,7 +205,7 @@ def boundary(trace: Trace, values: Values, i: int, name: str, layout: str = "aut
     """The form of the hidden state at the cut after node `i`.
 
     Where the channels are is read from the last layer before the cut that returned this shape and
-    from the first one behind it that took this shape.
+    from the first one behind it that took this shape; a layer that does not tell is passed over.
 
     Raises:
         ValueError: The two disagree, or there is no such layer.
@@ -232,9 +233,11 @@ def boundary(trace: Trace, values: Values, i: int, name: str, layout: str = "aut
         return Boundary(shape[1:], 1)
     before = [e for e in values.events if e.position <= i and e.output == shape]
     behind = [e for e in values.events if e.position > i and e.input == shape]
-    found = [_channel_dim(e.module, shape, True) for e in before[-1:]]
-    found += [_channel_dim(e.module, shape, False) for e in behind[:1]]
-    dims = {dim for dim in found if dim}
+    found = [
+        [_channel_dim(e.module, shape, True) for e in reversed(before)],
+        [_channel_dim(e.module, shape, False) for e in behind],
+    ]
+    dims = {next(filter(None, side)) for side in found if any(side)}
     if len(dims) != 1:
         kinds = [type(e.module).__name__ for e in before[-1:] + behind[:1]]
         raise ValueError(

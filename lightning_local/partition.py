@@ -153,7 +153,11 @@ def _unknown(network: nn.Module, point: str, kind: str) -> ValueError:
 
 
 def choose_points(
-    units: Sequence[str], request: Partition, tail_units: int, network: str = "network"
+    units: Sequence[str],
+    request: Partition,
+    tail_units: int,
+    network: str = "network",
+    obstacle: str = "",
 ) -> tuple[str, ...]:
     """Split points for a request, given the n units' own (n - 1 names).
 
@@ -162,6 +166,7 @@ def choose_points(
         request: What the user asked for; not with explicit split points.
         tail_units: The last `tail_units + 1` units stay in one local module.
         network: What to call the network in an error.
+        obstacle: Why it has no more units, if that is known.
 
     Raises:
         ValueError: More local modules than units, or a tail that takes all of them.
@@ -172,6 +177,7 @@ def choose_points(
         raise ValueError(
             f"partition={wanted} asks for {wanted} local modules, but `{network}` has {n} units: "
             f"pass at most {n}, or 'units'; Partition(granularity='finest') may split blocks too."
+            + (f" {obstacle}" if obstacle else "")
         )
     lengths = [n // wanted + (k < n % wanted) for k in range(wanted)]
     ends = [sum(lengths[: k + 1]) - 1 for k in range(wanted - 1)]

@@ -21,8 +21,9 @@ __all__ = ["SavingByStep", "load_waiting_loaders"]
 def load_waiting_loaders(trainer: pl.Trainer) -> None:
     """Gives stateful loaders the state that Lightning still holds when training starts.
 
-    Who asked for `estimated_stepping_batches` in `configure_optimizers`, as OneCycleLR does, had the
-    loaders made before the file was read, and Lightning then never loads them (its issue 20550).
+    Who asked for `estimated_stepping_batches` in `configure_optimizers`, as one does for OneCycleLR,
+    had the loaders made before the file was read, and Lightning then never loads them (its issue
+    20550).
     """
     loop = trainer.fit_loop
     waiting, loaders = loop._combined_loader_states_to_load, loop._combined_loader

@@ -101,6 +101,14 @@ class Substitute:
                 "modules have seen one input: join the views into one batch in "
                 "on_after_batch_transfer, so that the network is called once."
             )
+        known = given if self._expected is None else self._expected.values
+        if len(given) != len(known):
+            raise ValueError(
+                f"training_step called the network with {len(given)} inputs, where unpacking the "
+                f"batch gives {len(known)}: pass LocalLearner(unpack=...) that returns (inputs, "
+                "target), the inputs as a tuple in the order of the network's forward. A network "
+                "that takes the target as well (labels=...) has to leave the loss to training_step."
+            )
         if self._is_other(given):
             raise ValueError(OTHER_INPUT)
         self.output = self._run()
@@ -110,8 +118,6 @@ class Substitute:
         """Whether this is surely another input; what only values tell goes to `changed`."""
         if self._expected is None:
             return False
-        if len(given) != len(self._expected.values):
-            return True
         for a, b, version in zip(
             given, self._expected.values, self._expected.versions, strict=True
         ):

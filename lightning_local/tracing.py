@@ -15,7 +15,7 @@ import inspect
 import random
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from lightning_local.factories import factories_recorded
 from lightning_local.in_place import InPlaceProxy
 from lightning_local.preserving import attributes_of, restore_attributes, training_mode
 
-__all__ = ["Trace", "TraceError", "trace"]
+__all__ = ["REMEDY", "Trace", "TraceError", "trace"]
 
 # They take the form of their argument, not its values.
 _FORM_METHODS = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
@@ -35,6 +35,13 @@ _FORM_FUNCTIONS = {
 }
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "get_device", "element_size", "stride"}
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"}
+
+
+REMEDY = (
+    "Move the code on that line into a submodule of its own (what is inside a module that is not "
+    "cut is never traced), call the network's parts one by one in a module of yours, or train it "
+    "as one module with partition=1."
+)
 
 
 class TraceError(ValueError):
@@ -79,6 +86,7 @@ class Trace:
             counts[call.path] = counts.get(call.path, 0) + 1
         self.call_counts = counts
         self.cuts: dict[str, int | None] | None = None  # filled by `units.cut_places`
+        self.opaque: dict[str, str] = {}  # modules that could not be followed, and why
         self._last_use = {
             node: max((self.index[user] for user in node.users), default=-1) for node in nodes
         }
@@ -179,9 +187,18 @@ class _Tracer(fx.Tracer):
         self.node_scopes[node] = self.stack[-1]
         return node
 
+    def create_arg(self, a: Any) -> Any:
+        """Dicts that are dataclasses keep their class, since users read attributes of them."""
+        if isinstance(a, dict) and is_dataclass(a):
+            given = {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a)}
+            return self.create_node("call_function", type(a), (), given)
+        return super().create_arg(a)
+
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self.submodule_paths is not None and m not in self.submodule_paths:
+            return forward(*args, **kwargs)  # made in glue, as in nn.ReLU()(x): it is glue too
         path = self.path_of_module(m)
         leaf = self.is_leaf_module(m, path)
         if not leaf:
@@ -241,7 +258,7 @@ def trace(
         raise ValueError(
             f"{num_inputs} inputs don't fit the forward of {type(network).__name__}: {error}."
         ) from None
-    opaque: set[str] = set()
+    opaque: dict[str, str] = {}
     while True:
         tracer = _Tracer(
             lambda path, module: path not in opaque and opens(path, module), num_inputs
@@ -258,17 +275,18 @@ def trace(
         except Exception as error:
             random.setstate(draws)
             restore_attributes(kept)
-            if tracer.stack[-1] and not strict:
-                opaque.add(tracer.stack[-1])
-                continue
             where = type(network.get_submodule(tracer.stack[-1])).__name__
-            raise TraceError(
+            reason = (
                 f"The forward of {where} can't be followed by torch.fx "
                 f"({type(error).__name__}: {error}) at\n    {_failing_line(error)}\n"
-                "Move the code on that line into a submodule of its own (what is inside a module "
-                "that is not cut is never traced), or train it as one module with partition=1."
-            ) from error
+            )
+            if tracer.stack[-1] and not strict:
+                opaque[tracer.stack[-1]] = reason
+                continue
+            raise TraceError(f"{reason}{REMEDY}") from error
         break
     nodes = list(graph.nodes)
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    return Trace(nodes, tracer.calls, tracer.node_scopes, tracer.opened, parameters)
+    found = Trace(nodes, tracer.calls, tracer.node_scopes, tracer.opened, parameters)
+    found.opaque = opaque
+    return found

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 import lightning as L
@@ -191,6 +193,7 @@ FIXED = {
     "arange": lambda self, x: x + torch.arange(x.shape[0])[:, None],
     "linspace": lambda self, x: x * torch.linspace(0, 1, x.shape[0])[:, None],
     "tensor": lambda self, x: x * torch.tensor([2.0] * 6),
+    "a module made in the glue": lambda self, x: nn.Dropout(0.0)(nn.ReLU()(x)),
 }
 
 
@@ -297,3 +300,27 @@ def test_building_leaves_the_network_as_it_was(layer):
     expected, *_ = run(reference, partial(reference, x), True)
     output, *_ = run(network, partial(chain, bodies, x), True)
     assert torch.equal(output, expected)
+
+
+@dataclass
+class Output(OrderedDict):
+    """A dict whose items are attributes too, as what transformers' networks return."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self["logits"] = self.logits
+
+
+class Returns(Net):
+    def forward(self, x):
+        return Output(logits=super().forward(x))
+
+
+def test_what_the_network_returns_keeps_its_class():
+    network, x = Returns(lambda self, x: x), torch.randn(4, 6)
+    output = chain(cut(network, x), x)
+    assert type(output) is Output
+    assert torch.equal(output.logits, network(x)["logits"])
+    assert output.hidden is None

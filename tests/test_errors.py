@@ -246,6 +246,23 @@ def an_input_changed_in_the_step():
     stepping(lambda self, b, batch_idx: functional.cross_entropy(self(b[0] + 1.0), b[1]))
 
 
+class Scaled(Net):
+    def forward(self, x, scale=1.0):
+        return super().forward(x * scale)
+
+
+@case(["with 2 inputs", "gives 1", "LocalLearner(unpack=...)", "leave the loss"])
+def an_input_that_is_not_in_the_batch():
+    class Odd(Lit):
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self.network(batch[0], scale=2.0), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    fitted(greedy(Odd(Scaled())))
+
+
 @case(["called the network twice", "join the views"])
 def two_calls():
     stepping(lambda self, b, batch_idx: functional.cross_entropy(self(b[0]) + self(b[0]), b[1]))

@@ -1,4 +1,4 @@
-"""Augmented assignment in glue that cuts open: the same operations, also on numbers."""
+"""What changes in place in glue that cuts open: `x += y`, also on numbers, and lists."""
 
 import copy
 import pickle
@@ -67,3 +67,53 @@ def test_they_train(kind, method, quiet):
     trainer, learner = run(lambda m: LocalLearner(m, method), quiet, lambda: Lit(kind()))
     assert learner.num_modules == 3
     assert all(p.isfinite().all() for p in learner.parameters())
+
+
+class Branch(nn.Linear):
+    """Changes the list that it is given, as the branches of HRNet do."""
+
+    def __init__(self, change):
+        super().__init__(8, 8)
+        self.change = change
+
+    def forward(self, xs):
+        self.change(xs, super().forward(xs[0]))
+        return xs[0] * xs[-1]
+
+
+class Lists(nn.Module):
+    """Two layers, then a module that changes `xs`; `read` says what of it is read behind."""
+
+    def __init__(self, change, read):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(36, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+        self.branch, self.read = Branch(change), read
+
+    def forward(self, x):
+        x = self.b(self.a(x.flatten(1)).relu()).relu()
+        xs = [x, x + 1]
+        y = self.branch(xs)
+        return self.c(y + sum(xs[i] for i in self.read))
+
+
+@pytest.mark.parametrize(
+    ("change", "read", "fits"),
+    [
+        (lambda xs, y: xs.__setitem__(0, y), (), True),
+        (lambda xs, y: xs.__setitem__(0, y), (1,), True),
+        (lambda xs, y: xs.__setitem__(0, y), (0,), False),
+        (lambda xs, y: xs.append(y), (), True),
+        (lambda xs, y: xs.append(y), (-1,), False),
+        (lambda xs, y: xs.pop(), (0,), False),
+    ],
+)
+def test_a_module_may_change_a_list_that_nobody_reads_again(change, read, fits):
+    network, x = Lists(change, read), torch.randn(5, 1, 6, 6)
+    if not fits:
+        with pytest.raises(ValueError, match=r"`branch` changes a list .* give it a copy, list"):
+            cut_network(network, Partition(), (x,))
+        return
+    values = (x,)
+    for body in cut_network(network, Partition(), (x,)).bodies:
+        values = body(*values)
+    assert torch.equal(values, network(x))

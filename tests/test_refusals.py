@@ -70,3 +70,22 @@ def test_a_frozen_network_trains_its_heads_and_says_so(quiet):
         assert torch.equal(parameter, before[name]), name
     for parameter, old in zip(learner.local_modules.parameters(), heads, strict=True):
         assert not torch.equal(parameter, old)
+
+
+class Decides(nn.Sequential):
+    """Glue that numbers decide on, in a module that holds all layers."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_a_module_that_cannot_be_followed_is_named_where_units_are_missing(quiet):
+    layers = nn.Flatten(), nn.Linear(36, 6), nn.ReLU(), nn.Linear(6, CLASSES)
+    network = nn.Sequential(Decides(*layers))
+    reason = r"The forward of Decides can't .*\n.*x if x.sum\(\) > 0 else -x\)\n.*parts one by one"
+    with pytest.warns(UserWarning, match=f"one unit, so it is trained end to end.*{reason}"):
+        fit(greedy(Lit(network)), quiet, epochs=1)
+    with pytest.raises(ValueError, match=f"has 1 units: pass at most 1.*{reason}"):
+        fit(greedy(Lit(network), partition=2), quiet, epochs=1)
+    with pytest.raises(ValueError, match=reason):
+        fit(greedy(Lit(network), partition=["0.1"]), quiet, epochs=1)

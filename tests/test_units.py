@@ -265,6 +265,9 @@ def test_a_subclass_has_its_channels_where_their_number_is(width, dim):
             cut(network, tokens, split_points=["1"])
     network = nn.Sequential(MapNorm(3), nn.ReLU(), MapNorm(3))
     assert cut(network, IMAGE, split_points=["1"]).boundaries[0].channel_dim == 1
+    # 8 channels of 8 x 8: the convolution before tells what the norm does not.
+    network = nn.Sequential(conv(3, 8), MapNorm(8), nn.ReLU(), MapNorm(8), conv(8, 2))
+    assert cut(network, IMAGE, split_points=["2"]).boundaries[0].channel_dim == 1
 
 
 def test_neighbours_that_disagree_about_the_channels():

@@ -1,0 +1,293 @@
+"""Networks of Hugging Face's transformers, with random weights: as they are, or part by part.
+
+What torch.fx follows is cut as it is. Of the others a module of the user's calls embeddings, blocks
+and head one by one; its output is the whole network's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from settings import Recorder
+from test_any_network import CLASSES, chain
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from lightning_local import LocalLearner
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+LR = 0.01
+TOKENS = 50
+BLOCKS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+IMAGES = {"image_size": 32, "patch_size": 8, "num_labels": CLASSES, **BLOCKS}
+TEXT = {
+    "vocab_size": TOKENS,
+    "max_position_embeddings": 16,
+    "num_labels": CLASSES,
+    **{f"{name}_token_id": i for i, name in enumerate(("bos", "eos", "pad"))},
+}
+DISTILLED = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64}
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 2, 1]}
+
+
+def made(kind, **options):
+    """A network by the name of its class."""
+    config = getattr(transformers, f"{kind.partition('For')[0].removesuffix('LMHeadModel')}Config")
+    return getattr(transformers, kind)(config(**options))
+
+
+def gpt2(**options):
+    sizes = {"vocab_size": TOKENS, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 2}
+    return made("GPT2LMHeadModel", bos_token_id=0, eos_token_id=1, **sizes, **options)
+
+
+def images(samples=4):
+    pixels = torch.randn(samples, 3, 32, 32)
+    return {"pixel_values": pixels, "labels": torch.randint(CLASSES, (samples,))}
+
+
+def texts(samples=4):
+    ids = torch.randint(3, TOKENS, (samples, 8))
+    return {"input_ids": ids, "labels": torch.randint(CLASSES, (samples,))}
+
+
+class Vit(nn.Module):
+    """A ViTForImageClassification, part by part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = made("ViTForImageClassification", **IMAGES)
+
+    def forward(self, pixel_values):
+        vit = self.model.vit
+        x = vit.embeddings(pixel_values)
+        for layer in vit.layers:
+            x = layer(x)
+        return self.model.classifier(vit.layernorm(x)[:, 0])
+
+
+class Gpt2(nn.Module):
+    """A GPT2LMHeadModel, part by part; its attention is causal by itself, without a mask."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.model = gpt2(**{"tie_word_embeddings": False, **options})
+
+    def forward(self, input_ids):
+        gpt = self.model.transformer
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = gpt.drop(gpt.wte(input_ids) + gpt.wpe(positions))
+        for block in gpt.h:
+            x = block(x)
+        return self.model.lm_head(gpt.ln_f(x))
+
+
+class Lit(L.LightningModule):
+    """As users write it for an `AutoModelFor...`."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def logits(self, batch):
+        key = self.model.main_input_name
+        return self.model(**{key: batch[key]}).logits
+
+    def loss(self, batch):
+        return functional.cross_entropy(self.logits(batch), batch["labels"])
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=LR)
+
+
+class LitParts(Lit):
+    """The same for a module that returns the logits themselves."""
+
+    def logits(self, batch):
+        return self.model(batch["pixel_values" if "pixel_values" in batch else "input_ids"])
+
+
+class LitText(LitParts):
+    """Predicts the next token: labels are the tokens themselves, moved by one."""
+
+    def loss(self, batch):
+        return functional.cross_entropy(self.logits(batch).flatten(0, 1), moved(batch).flatten())
+
+
+def moved(batch):
+    return functional.pad(batch["input_ids"][:, 1:], (0, 1), value=-100)
+
+
+def next_tokens(batch):
+    return batch["input_ids"], moved(batch)
+
+
+# Name: (its network, a batch, units).
+AS_THEY_ARE = {
+    "BeitForImageClassification": (IMAGES, images, 4),
+    "BertForSequenceClassification": ({**TEXT, **BLOCKS}, texts, 4),
+    "Dinov2ForImageClassification": (IMAGES, images, 4),
+    "DistilBertForSequenceClassification": ({**TEXT, **DISTILLED}, texts, 5),
+    "RegNetForImageClassification": ({**STAGES, "groups_width": 4, "num_labels": 5}, images, 5),
+    "RobertaForSequenceClassification": ({**TEXT, **BLOCKS}, texts, 4),
+}
+
+
+def check(learner, batch, units, quiet, tmp_path):
+    """Composes the bodies, and trains them for a step."""
+    module, network = learner.module, learner.network
+    learner.build(learner.unpack(batch)[0])
+    assert len(learner.local_modules) == units
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    plain = copy.deepcopy(module)
+    plain.loss(batch).backward()
+    used = {name for name, parameter in plain.named_parameters() if parameter.grad is not None}
+    bodies = [module.body for module in learner.local_modules]
+    for training in (True, False):
+        network.train(training)
+        outputs = []
+        for forward in (network, lambda x: chain(bodies, x)):
+            torch.manual_seed(0)
+            outputs.append(forward(learner.unpack(batch)[0]))
+        assert type(outputs[0]) is type(outputs[1])
+        tensors = [output if torch.is_tensor(output) else output.logits for output in outputs]
+        assert torch.equal(*tensors), f"training={training}"
+
+    network.load_state_dict(before)
+    network.train()
+    recorder, loader = Recorder(), DataLoader([batch], batch_size=None)
+    options = {"default_root_dir": tmp_path, "num_sanity_val_steps": 0, "callbacks": [recorder]}
+    trainer = L.Trainer(**quiet, **options, max_steps=1)
+    trainer.fit(learner, loader, loader)
+    assert len(recorder.losses[0]) == units
+    for name, parameter in module.named_parameters():
+        gradient, old = recorder.gradients[0][f"module.{name}"], before[name.partition(".")[2]]
+        assert (gradient is not None) == (name in used), name
+        if name in used:
+            assert torch.equal(parameter, old.add(gradient, alpha=-LR)), name
+    assert list(network.state_dict()) == list(before)
+    module.eval()
+    with torch.no_grad():
+        assert torch.equal(trainer.callback_metrics["val/loss"], module.loss(batch))
+
+
+@pytest.mark.parametrize("kind", AS_THEY_ARE)
+def test_a_network_of_transformers_is_cut_as_it_is(kind, quiet, tmp_path):
+    options, data, units = AS_THEY_ARE[kind]
+    # What it returns is no tensor, so the heads' size has to be given.
+    learner = LocalLearner(Lit(made(kind, **options)), "Greedy", out_features=CLASSES)
+    check(learner, data(), units, quiet, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["Greedy", "AugLocal"])
+def test_a_vit_part_by_part(method, quiet, tmp_path):
+    network, batch = Vit(), images()
+    expected = network.model(**{"pixel_values": batch["pixel_values"]}).logits
+    assert torch.equal(network(batch["pixel_values"]), expected)
+    units = {"Greedy": 4, "AugLocal": 2}[method]
+    check(LocalLearner(LitParts(network), method), batch, units, quiet, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["Greedy", "AugLocal"])
+def test_a_gpt2_part_by_part(method, quiet, tmp_path):
+    network, batch = Gpt2(), texts()
+    expected = network.eval().model(input_ids=batch["input_ids"]).logits
+    assert torch.equal(network(batch["input_ids"]), expected)
+    network.train()
+    learner = LocalLearner(LitText(network), method, unpack=next_tokens)
+    check(learner, batch, {"Greedy": 4, "AugLocal": 2}[method], quiet, tmp_path)
+
+
+def fitted(module, batch, quiet, **options):
+    loader = DataLoader([batch], batch_size=None)
+    learner = LocalLearner(module, "Greedy", out_features=CLASSES, **options)
+    L.Trainer(**quiet, max_steps=1).fit(learner, loader, loader)
+
+
+FOLLOW = r"one unit, so it is trained end to end.* {} can't be followed .*\n.*{}.*\n.*parts one by"
+# Its network: (arguments, a batch, the words of the warning).
+OPAQUE = {
+    "ViTForImageClassification": (IMAGES, images, ("ViTModel", "pixel_values.dtype !=")),
+    "DebertaV2ForSequenceClassification": (
+        {**TEXT, **BLOCKS},
+        texts,
+        ("DebertaV2Encoder", "attention_mask.dim"),
+    ),
+    "LlamaForSequenceClassification": (
+        {**TEXT, **BLOCKS, "num_key_value_heads": 2, "use_cache": False},
+        texts,
+        ("LlamaModel", "batch_size != position_ids"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OPAQUE)
+def test_a_network_that_cannot_be_followed_says_where_and_trains_end_to_end(kind, quiet):
+    options, data, words = OPAQUE[kind]
+    network = made(kind, **options)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.warns(UserWarning, match=FOLLOW.format(*words)):
+        fitted(Lit(network), data(), quiet)
+    assert any(not torch.equal(v, before[n]) for n, v in network.state_dict().items())
+
+
+class WithMask(Lit):
+    def logits(self, batch):
+        return self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+class Whole(Lit):
+    def loss(self, batch):
+        return self.model(**batch).loss
+
+
+def bert():
+    return made("BertForSequenceClassification", **TEXT, **BLOCKS)
+
+
+def test_a_mask_has_to_be_unpacked(quiet):
+    batch = texts()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with pytest.raises(ValueError, match=r"with 2 inputs, .* gives 1: .*unpack=.* a tuple in the"):
+        fitted(WithMask(bert()), batch, quiet)
+
+    def unpack(batch):
+        return (batch["input_ids"], batch["attention_mask"]), batch["labels"]
+
+    words = FOLLOW.format("BertModel", "attention_mask.ndim == 2")
+    with pytest.warns(UserWarning, match=words):
+        fitted(WithMask(bert()), batch, quiet, unpack=unpack)
+
+
+def test_the_loss_is_left_to_training_step(quiet):
+    with pytest.raises(ValueError, match=r"labels=.* has to leave the loss to training_step"):
+        fitted(Whole(bert()), texts(), quiet)
+
+
+def test_tied_embeddings_are_refused(quiet):
+    words = r"`model.lm_head.weight` is used on both sides of a cut \(as `model.transformer.wte"
+    with pytest.raises(ValueError, match=f"{words}.* Untie it"):
+        fitted(LitText(Gpt2(tie_word_embeddings=True)), texts(), quiet, unpack=next_tokens)
+
+
+def test_an_output_that_is_no_tensor_needs_out_features(quiet):
+    with pytest.raises(
+        ValueError, match=r"returns SequenceClassifierOutput; .*out_features=\.\.\."
+    ):
+        LocalLearner(Lit(bert()), "Greedy").build(texts()["input_ids"])
