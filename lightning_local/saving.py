@@ -21,8 +21,8 @@ __all__ = ["SavingByStep", "load_waiting_loaders"]
 def load_waiting_loaders(trainer: pl.Trainer) -> None:
     """Gives stateful loaders the state that Lightning still holds when training starts.
 
-    Who asked for `estimated_stepping_batches` in `configure_optimizers`, as one does for OneCycleLR,
-    had the loaders made before the file was read, and Lightning then never loads them (its issue
+    Who asks for `estimated_stepping_batches` in `configure_optimizers`, as one does for OneCycleLR,
+    has the loaders made before the file is read, and Lightning then never loads them (its issue
     20550).
     """
     loop = trainer.fit_loop
