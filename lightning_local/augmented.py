@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_local.body import Body, Code
+from lightning_local.body import Body, Code, prediction
 from lightning_local.dryrun import Boundary
 from lightning_local.layers import BatchNorm1d, BatchNorm2d, Pool, norm_relu_conv
 from lightning_local.place import Place, Unit
@@ -146,8 +146,8 @@ class UnitCopy(nn.Module):
                     reset()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Runs the unit; the last unit returns the network's output."""
-        out = self._codes[self.training].function(self.network, hidden)
+        """Runs the unit; the last unit returns the network's prediction."""
+        out = prediction(self._codes[self.training].function(self.network, hidden))
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_local.tracing import Trace
 
-__all__ = ["Body", "Code", "slice_code"]
+__all__ = ["Body", "Code", "prediction", "slice_code"]
 
 _numbers = count()
 
@@ -101,6 +102,12 @@ def slice_code(trace: Trace, start: int, stop: int) -> tuple[Code, list[str]]:
         graph.output(tuple(lookup(node) for node in _crossing(trace, stop)))
     code = graph.python_code("self")
     return Code(code.src, dict(code.globals)), list(dict.fromkeys(used))
+
+
+def prediction(output: Any) -> Any:
+    """The tensor in what a network returns, if there is one alone; else all that it returns."""
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return tensors[0] if len(tensors) == 1 else output
 
 
 def _crossing(trace: Trace, i: int) -> list[fx.Node]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_local.arguments import recompute_modes
+from lightning_local.body import prediction
 from lightning_local.cutting import Cutter, Cutting
 from lightning_local.examples import outputs_behind
 from lightning_local.fakes import convert_fakes, faking
@@ -123,7 +124,8 @@ class Builder:
         """Local module k, which is not the last, with its head."""
         method, seed = self.method, seed_for(self._seed, -2 - k)
         assert method.head is not None
-        features, pools = _output_form(cutting.output, self._out_features, self.name)
+        output = prediction(cutting.output)
+        features, pools = _output_form(output, self._out_features, self.name)
         place = self._place(cutting, k, features, pools)
         embedding = method.loss.embedding
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), faking(fakes):
@@ -132,7 +134,7 @@ class Builder:
             if embedding is None or embedding > 0:
                 size = features if embedding is None else embedding
                 head = method.head.build(dataclasses.replace(place, out_features=size))
-                rank = cutting.output.ndim if isinstance(cutting.output, torch.Tensor) else None
+                rank = output.ndim if isinstance(output, torch.Tensor) else None
                 if embedding is None and rank == 1 and self._out_features is None:
                     head = nn.Sequential(head, nn.Flatten(0))
             objective = method.loss.build(place, self._criterion)

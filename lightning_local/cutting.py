@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_local.body import Body
+from lightning_local.body import Body, prediction
 from lightning_local.dryrun import Boundary, boundary, check_composition, run_values
 from lightning_local.partition import Partition, check_names
 from lightning_local.slicing import place, slices
@@ -137,9 +137,10 @@ class Cutter:
         check_composition(network, self._pieces, inputs)
         output = self._values.nodes[self._traces[True].nodes[-1]]
         self._output_features = None
-        if isinstance(output, torch.Tensor) and output.ndim > 1:
-            self._output_features = output.shape[-1]
-            self.units[-1].out_features = output.shape[-1]
+        predicted = prediction(output)
+        if isinstance(predicted, torch.Tensor) and predicted.ndim > 1:
+            self._output_features = predicted.shape[-1]
+            self.units[-1].out_features = predicted.shape[-1]
         self.output = tree_map_only(
             torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), output
         )

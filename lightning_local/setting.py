@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_local.body import prediction
 from lightning_local.build import Builder, builder_of
 from lightning_local.meter import Origin
 from lightning_local.wrapper import Wrapper
@@ -63,7 +64,7 @@ class Setting:
             batch_size: Default that of the inputs.
             options: See `Setting`.
         """
-        inputs, output = builder.inputs, builder.cutter.output
+        inputs, output = builder.inputs, prediction(builder.cutter.output)
         first = inputs[0]
         samples = first.shape[0] if isinstance(first, torch.Tensor) and first.ndim else 1
         target = torch.zeros(samples, dtype=torch.int64)

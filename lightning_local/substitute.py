@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_local.body import prediction
+
 __all__ = ["OTHER_INPUT", "Expected", "Substitute", "in_order", "inputs_of_call", "replaced"]
 
 
@@ -53,7 +55,7 @@ class Substitute:
             otherwise `changed` tells, on the device.
 
     Attributes:
-        output: What `run` returned.
+        output: What `run` returned, as a prediction.
         changed: Whether an input was another one, if that is not known yet.
     """
 
@@ -111,8 +113,9 @@ class Substitute:
             )
         if self._is_other(given):
             raise ValueError(OTHER_INPUT)
-        self.output = self._run()
-        return self.output
+        output = self._run()
+        self.output = prediction(output)
+        return output
 
     def _is_other(self, given: tuple[Any, ...]) -> bool:
         """Whether this is surely another input; what only values tell goes to `changed`."""

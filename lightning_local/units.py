@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from lightning_local.body import prediction
 from lightning_local.dryrun import Values
 from lightning_local.tracing import Trace
 
@@ -171,7 +172,7 @@ def find_units(network: nn.Module, traced: Trace, values: Values) -> list[str]:
     if wide:
         # What follows the last hidden state with space or sequence dims is the classifier.
         openers = [i for i in openers if i <= wide[-1]]
-        output = values.nodes[traced.nodes[-1]]
+        output = prediction(values.nodes[traced.nodes[-1]])
         plain = [i for i in openers if _is_plain_call(network, traced.nodes[i])]
         if dims(output) >= 3 and len(openers) > 1 and plain[-1:] == openers[-1:]:
             openers.pop()

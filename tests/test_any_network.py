@@ -324,3 +324,24 @@ def test_what_the_network_returns_keeps_its_class():
     assert type(output) is Output
     assert torch.equal(output.logits, network(x)["logits"])
     assert output.hidden is None
+
+
+class Only(Returns):
+    def forward(self, x):
+        return {"logits": super().forward(x).logits, "loss": None}
+
+
+class Asks(Classifier):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return functional.cross_entropy(self.network(x)["logits"], y)
+
+
+@pytest.mark.parametrize("method", [methods.Greedy(), methods.AugLocal(depth=1)])
+def test_the_only_tensor_of_an_output_is_the_prediction(method, quiet, tmp_path):
+    batch = torch.randn(4, 6), torch.randint(CLASSES, (4,))
+    loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    learner = LocalLearner(Asks(Only(lambda self, x: x)), method, ["stem"])
+    trainer = L.Trainer(**quiet, max_steps=1, default_root_dir=tmp_path, log_every_n_steps=1)
+    trainer.fit(learner, loader)
+    assert {"local/00/accuracy", "local/01/accuracy"} <= set(trainer.callback_metrics)

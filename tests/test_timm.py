@@ -30,14 +30,18 @@ ONES = {"layers": (1, 1, 1, 1)}
 NETWORKS = {
     "beit_base_patch16_224": (VIT, 32, 4),
     "cait_xxs24_224": (VIT, 32, 5),
-    "coatnet_pico_rw_224": ({"img_size": 32}, 32, 6),
+    "coatnet_pico_rw_224": (
+        {"img_size": 32, "depths": (1, 1, 1, 1), "embed_dim": (32, 32, 32, 32)},
+        32,
+        6,
+    ),
     "convnext_atto": (NEXT, 32, 5),
     "convnextv2_atto": (NEXT, 32, 5),
     "deit3_small_patch16_224": (VIT, 32, 4),
     "densenet121": ({"growth_rate": 4, "block_config": (2, 2, 2, 2)}, 32, 8),
     "edgenext_xx_small": ({"depths": (1, 1, 2, 1)}, 32, 5),
     "eva02_tiny_patch14_224": ({**VIT, "img_size": 28}, 28, 4),
-    "fastvit_t8": (ONES, 32, 8),
+    "fastvit_t8": ({**ONES, "embed_dims": (8, 16, 16, 16)}, 32, 8),
     "hiera_tiny_224": ({"img_size": 32, "embed_dim": 12, "stages": (1, 1, 1, 1)}, 32, 5),
     "hrnet_w18_small": ({}, 32, 5),
     "levit_128s": ({"img_size": 32, "embed_dim": (16, 24, 32), "depth": (1, 1, 1)}, 32, 7),
@@ -70,7 +74,7 @@ FOLLOW = r"can't be followed by torch.fx .*\n.*{}.*\n.*parts one by one"
 REFUSED = {
     # Blocks of a stage share their convolutional position encodings.
     "coat_lite_tiny": (
-        {"img_size": 32, "embed_dims": (16, 16, 16, 16)},
+        {"img_size": 32, "embed_dims": (16, 16, 16, 16), "serial_depths": (2, 1, 1, 1)},
         32,
         r"`serial_blocks1.1.cpe.proj.weight` is used on both sides of a cut .* Untie it, or choose",
     ),

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from lightning_local import LocalLearner
+from lightning_local import LocalLearner, methods
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -42,8 +42,8 @@ STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 
 
 def made(kind, **options):
     """A network by the name of its class."""
-    config = getattr(transformers, f"{kind.partition('For')[0].removesuffix('LMHeadModel')}Config")
-    return getattr(transformers, kind)(config(**options))
+    network = getattr(transformers, kind)
+    return network(network.config_class(**options))
 
 
 def gpt2(**options):
@@ -190,9 +190,12 @@ def check(learner, batch, units, quiet, tmp_path):
 @pytest.mark.parametrize("kind", AS_THEY_ARE)
 def test_a_network_of_transformers_is_cut_as_it_is(kind, quiet, tmp_path):
     options, data, units = AS_THEY_ARE[kind]
-    # What it returns is no tensor, so the heads' size has to be given.
-    learner = LocalLearner(Lit(made(kind, **options)), "Greedy", out_features=CLASSES)
-    check(learner, data(), units, quiet, tmp_path)
+    check(LocalLearner(Lit(made(kind, **options)), "Greedy"), data(), units, quiet, tmp_path)
+
+
+def test_heads_built_of_a_networks_own_units(quiet, tmp_path):
+    learner = LocalLearner(Lit(bert()), methods.AugLocal(depth=1))
+    check(learner, texts(), 3, quiet, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["Greedy", "AugLocal"])
@@ -216,7 +219,7 @@ def test_a_gpt2_part_by_part(method, quiet, tmp_path):
 
 def fitted(module, batch, quiet, **options):
     loader = DataLoader([batch], batch_size=None)
-    learner = LocalLearner(module, "Greedy", out_features=CLASSES, **options)
+    learner = LocalLearner(module, "Greedy", **options)
     L.Trainer(**quiet, max_steps=1).fit(learner, loader, loader)
 
 
@@ -286,8 +289,7 @@ def test_tied_embeddings_are_refused(quiet):
         fitted(LitText(Gpt2(tie_word_embeddings=True)), texts(), quiet, unpack=next_tokens)
 
 
-def test_an_output_that_is_no_tensor_needs_out_features(quiet):
-    with pytest.raises(
-        ValueError, match=r"returns SequenceClassifierOutput; .*out_features=\.\.\."
-    ):
-        LocalLearner(Lit(bert()), "Greedy").build(texts()["input_ids"])
+def test_an_output_of_several_tensors_needs_out_features():
+    network = made("Dinov2Model", **{name: IMAGES[name] for name in (*BLOCKS, "image_size")})
+    with pytest.raises(ValueError, match=r"returns BaseModelOutputWithPool.*out_features=\.\.\."):
+        LocalLearner(Lit(network), "Greedy").build(images()["pixel_values"])
