@@ -22,7 +22,7 @@ test:
 
 # The site, in build/site.
 docs:
-	python -m sphinx -q -W --keep-going -c docs . build/site
+	python -m sphinx -q -E -W --keep-going -c docs . build/site
 
 format:
 	ruff format .
