@@ -115,6 +115,18 @@ def chain(bodies, x: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def check_composition(network: nn.Module, bodies, x: torch.Tensor) -> None:
+    """The chain of bodies is the network: output, buffers, random draws; left in train mode."""
+    for training in (True, False):
+        expected, buffers, state = run(network, partial(network, x), training)
+        output, own_buffers, own_state = run(network, partial(chain, bodies, x), training)
+        assert torch.equal(output, expected), f"training={training}"
+        assert torch.equal(own_state, state), f"another draw in training={training}"
+        changed = [n for n in buffers if not torch.equal(own_buffers[n], buffers[n])]
+        assert not changed, f"training={training}"
+    network.train()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_cut_composed_back_and_trained(family, quiet, tmp_path):
     make, units = FAMILIES[family]
@@ -126,15 +138,7 @@ def test_a_family_is_cut_composed_back_and_trained(family, quiet, tmp_path):
     assert len(bodies) == 4
     assert len(learner.cutting.unit_points) + 1 == units
 
-    for training in (True, False):
-        expected, buffers, state = run(network, partial(network, x), training)
-        output, own_buffers, own_state = run(network, partial(chain, bodies, x), training)
-        assert torch.equal(output, expected), f"training={training}"
-        assert torch.equal(own_state, state), f"another draw in training={training}"
-        changed = [n for n in buffers if not torch.equal(own_buffers[n], buffers[n])]
-        assert not changed, f"training={training}"
-
-    network.train()
+    check_composition(network, bodies, x)
     owned = [dict(body.named_parameters()) for body in bodies]
     assert sorted(n for names in owned for n in names) == sorted(
         n for n, _ in network.named_parameters()

@@ -6,13 +6,11 @@ and nothing is downloaded. What can't be cut is in a table too, with the words o
 
 from __future__ import annotations
 
-from functools import partial
-
 import lightning as L
 import pytest
 import torch
 from settings import Recorder
-from test_any_network import CLASSES, Classifier, chain, run
+from test_any_network import CLASSES, Classifier, chain, check_composition
 from torch.nn import functional
 
 from lightning_local import LocalLearner
@@ -119,15 +117,7 @@ def test_a_network_of_timm_is_cut_composed_back_and_trained(name, quiet, tmp_pat
     bodies = [module.body for module in learner.local_modules]
     assert len(bodies) == units
 
-    for training in (True, False):
-        expected, buffers, state = run(network, partial(network, x), training)
-        output, own_buffers, own_state = run(network, partial(chain, bodies, x), training)
-        assert torch.equal(output, expected), f"training={training}"
-        assert torch.equal(own_state, state), f"another draw in training={training}"
-        changed = [n for n in buffers if not torch.equal(own_buffers[n], buffers[n])]
-        assert not changed, f"training={training}"
-
-    network.train()
+    check_composition(network, bodies, x)
     recorder = Recorder()
     loader = torch.utils.data.DataLoader([(x, y)], batch_size=None)
     trainer = L.Trainer(
