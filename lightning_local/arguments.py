@@ -13,6 +13,7 @@ from lightning_local.methods import LocalMethod, get_method
 from lightning_local.partition import Partition
 
 __all__ = [
+    "check_compile",
     "check_optimizer",
     "check_options",
     "check_recompute",
@@ -20,6 +21,9 @@ __all__ = [
     "method_and_partition",
     "recompute_modes",
 ]
+
+# Those of torch.compile.
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def method_and_partition(
@@ -62,6 +66,22 @@ def check_options(out_features: int | None, optimizer: Any, lr_scheduler: Any) -
         raise ValueError(f"out_features={out_features}: heads need 1 or more outputs.")
     if lr_scheduler is not None and optimizer is None:
         raise ValueError("lr_scheduler needs optimizer: pass both, or neither.")
+
+
+def check_compile(compile: Any) -> str:
+    """The compiler's mode; empty for none.
+
+    Raises:
+        TypeError: It is neither a bool nor a string.
+        ValueError: No such mode.
+    """
+    if isinstance(compile, bool):
+        return "default" if compile else ""
+    if not isinstance(compile, str):
+        raise TypeError(f"compile={compile!r}: pass True, False or one of {MODES}.")
+    if compile not in MODES:
+        raise ValueError(f"compile={compile!r} is not known: pass True, False or one of {MODES}.")
+    return compile
 
 
 def check_optimizer(given: Any, optimizer: Any) -> None:

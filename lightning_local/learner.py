@@ -59,7 +59,8 @@ class LocalLearner(Wrapper):
             without any change of results: `"none"`; `"blocks"`, by each unit; `"body"`, by each
             local module's whole body, behind its head's backward; a list of the local modules that
             recompute their bodies, or a dict such as `{0: "blocks", 3: "body"}`.
-        compile: Compile each body and head with `torch.compile`; a method that differentiates local
+        compile: Compile each body and head with `torch.compile`, or one of its modes, such as
+            `"reduce-overhead"`, which captures CUDA graphs; a method that differentiates local
             modules twice (SGR) leaves those eager, and says so.
 
     Raises:
@@ -87,7 +88,7 @@ class LocalLearner(Wrapper):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         recompute: str | list[int] | dict[int, str] = "none",
-        compile: bool = False,
+        compile: bool | str = False,
     ) -> None:
         hooks.check_module(module)
         super().__init__(module)
@@ -111,7 +112,7 @@ class LocalLearner(Wrapper):
         self.out_features = out_features
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
-        self.compiles = compile
+        self.compiles = arguments.check_compile(compile)
         self.local_modules = nn.ModuleList()
         self.split_points: tuple[str, ...] = ()
         self.cutting: Any = None

@@ -9,7 +9,9 @@ from simple import METHODS, Lit, Net, run
 from torch import nn
 from torch._dynamo.utils import counters
 
-from lightning_local import LocalLearner, methods
+from lightning_local import LocalLearner, loop, methods
+from lightning_local.arguments import MODES
+from lightning_local.compiling import CAPTURING, Compiled
 
 # torch/_dynamo/variables/builder.py hides it with another showwarning, which comes after filters.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -100,6 +102,103 @@ def test_with_generated_code(method, quiet):
     torch._dynamo.reset()
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_modes_are_the_compilers_own():
+    assert set(MODES) <= set(torch._inductor.list_mode_options())
+    captures = [
+        m for m, o in torch._inductor.list_mode_options().items() if "triton.cudagraphs" in o
+    ]
+    assert sorted(captures) == sorted(CAPTURING)
+
+
+@pytest.fixture
+def modes(monkeypatch):
+    """The mode of each call of the compiler, which is not run."""
+    called = []
+    monkeypatch.setattr(torch, "compile", lambda f, mode: called.append(mode) or f)
+    return called
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        ("reduce-overhead", "default"),
+        ("max-autotune", "max-autotune-no-cudagraphs"),
+    ],
+)
+def test_without_cuda_nothing_is_captured_and_a_warning_says_so(asked, taken, modes, quiet):
+    with pytest.warns(UserWarning, match=f"'cpu': compiled with the mode '{taken}' instead"):
+        run(lambda m: LocalLearner(m, "Greedy", compile=asked), quiet, max_steps=1)
+    assert modes == [taken] * 7
+
+
+@pytest.mark.parametrize("asked", [True, "default", "max-autotune-no-cudagraphs"])
+def test_other_modes_are_passed_on(asked, modes, quiet):
+    run(lambda m: LocalLearner(m, "Greedy", compile=asked), quiet, max_steps=1)
+    assert modes == ["default" if asked is True else asked] * 7
+
+
+@pytest.fixture
+def on_cuda(modes, monkeypatch):
+    """The learner says that it is on a GPU when it is asked how to compile; it is on the CPU."""
+
+    def compiled(learner):
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalLearner, "device", torch.device("cuda"))
+            return Compiled(learner)
+
+    monkeypatch.setattr(loop, "Compiled", compiled)
+
+
+def test_capturing_marks_each_step_once(on_cuda, modes, quiet, monkeypatch):
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    trainer, _ = run(
+        lambda m: LocalLearner(m, "BackLink", compile="reduce-overhead"), quiet, epochs=2
+    )
+    assert modes == ["reduce-overhead"] * 7
+    assert len(marks) == trainer.global_step > 1
+
+
+def test_captured_gradients_may_not_accumulate(on_cuda, quiet):
+    with pytest.raises(ValueError, match="can't accumulate: pass accumulate_grad_batches=1"):
+        run(
+            lambda m: LocalLearner(m, "Greedy", compile="reduce-overhead"),
+            quiet,
+            accumulate_grad_batches=2,
+        )
+
+
+class Placeholders:
+    """What a compiled function takes: names of tensors, and whether their address stays."""
+
+    def __init__(self):
+        self.moving = []
+
+    def __call__(self, graph, inputs):
+        for node in graph.graph.find_nodes(op="placeholder"):
+            kind = node.meta["tensor_dict"].get("_dynamo_static_input_type")
+            if kind is None:
+                self.moving.append(node.name)
+        return graph.forward
+
+
+def test_weights_and_buffers_stay_where_they_are(monkeypatch, quiet):
+    """Else each replay of a captured graph would copy them."""
+    torch._dynamo.reset()
+    seen = Placeholders()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=seen))
+    run(
+        lambda m: LocalLearner(m, "Greedy", compile=True),
+        quiet,
+        lambda: Lit(Still()),
+        max_steps=1,
+        limit_val_batches=0,
+    )
+    torch._dynamo.reset()
+    # Of each of 4 bodies and 3 heads, only the input.
+    assert len(seen.moving) == 7, seen.moving
 
 
 def test_a_compiled_learner_is_refused(quick, quiet):

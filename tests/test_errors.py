@@ -87,6 +87,8 @@ argument(
 )
 argument("index", lambda: greedy(Lit(), recompute=[-1]), "[-1]", "counted from 0")
 argument("kind", lambda: greedy(Lit(), recompute=True), "True", "such as [0, 1]", kind=TypeError)
+argument("mode of compile", lambda: greedy(Lit(), compile="fast"), "'fast'", "'reduce-overhead'")
+argument("compile", lambda: greedy(Lit(), compile=3), "3", "True, False or one", kind=TypeError)
 argument("network", lambda: greedy(Lit(), network="net"), "'net'", "pass one of 'network'")
 argument("depth", lambda: heads.Augmented(depth=-1), "depth=-1", "0 or more")
 argument("widen", lambda: heads.Conv(widen=0), "widen=0", "above 0")

@@ -61,6 +61,19 @@ def test_the_same_numbers_as_on_the_cpu(method, quiet, on_gpu):
         torch.testing.assert_close(tensor, found[1][name].cpu(), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "SGR"])
+def test_captured_graphs_compute_what_eager_code_does(method, on_gpu):
+    """Several epochs, so that graphs are captured, replayed, and a smaller batch comes between."""
+    torch._dynamo.reset()
+    found = [
+        run(learner(method, compile=mode), on_gpu, lambda: Lit(Still()), epochs=3)[1].state_dict()
+        for mode in (False, "reduce-overhead")
+    ]
+    torch._dynamo.reset()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("method", ["BackLink", "SGR"])
 def test_resumed_with_dropout_at_an_epochs_end(method, tmp_path, on_gpu):

@@ -102,7 +102,8 @@ def make_learner(options: Any) -> LocalLearner:
 
     Args:
         options: Its arguments: `network` (`resnet20`, ... `resnet110`), `dataset`, `recipe`,
-            `method`, `partition` (`units`, a number, or split points with commas between).
+            `method`, `partition` (`units`, a number, or split points with commas between),
+            `compile` (a mode, or None).
 
     Raises:
         ValueError: The network or the method is not known.
@@ -115,11 +116,11 @@ def make_learner(options: Any) -> LocalLearner:
     network.to(memory_format=torch.channels_last)
     module = LitClassifier(network, num_classes=data.CLASSES, **recipe.options)
     method, partition = method_of(options.method, data), options.partition
-    if isinstance(method, methods.EndToEnd):
-        return LocalLearner(module, method)
     if partition != "units":
         partition = int(partition) if partition.isdigit() else partition.split(",")
-    return LocalLearner(module, method, partition)
+    if isinstance(method, methods.EndToEnd):
+        partition = "units"  # its own default: it isn't cut
+    return LocalLearner(module, method, partition, compile=options.compile or False)
 
 
 def make_data(options: Any) -> StoredDataModule:

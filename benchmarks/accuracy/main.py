@@ -46,7 +46,9 @@ def parser_of_a_run() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--device", default="auto", help="cpu, cuda, auto")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--compile", action="store_true", help="compile bodies and heads")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", help="compile bodies and heads, in this mode"
+    )
     parser.add_argument("--max-minutes", type=float, default=float("inf"))
     parser.add_argument("--save-seconds", type=float, default=120, help="between checkpoints")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="for the JSONs")
@@ -71,7 +73,6 @@ def run(options: argparse.Namespace) -> bool:
         torch.set_num_threads(options.threads)
     L.seed_everything(options.seed, verbose=False)
     learner = make_learner(options)
-    learner.compiles = options.compile
     facts = {
         key: getattr(options, key)
         for key in ("dataset", "network", "method", "partition", "recipe", "seed", "val_size")

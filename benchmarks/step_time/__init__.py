@@ -1,0 +1,1 @@
+"""What a training step takes, beside a loop written by hand."""
