@@ -26,6 +26,9 @@ def outside_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None
         dtype: The default type of new tensors.
     """
     before = torch.get_default_dtype()
+    if before == dtype and not torch.is_autocast_enabled(device.type):
+        yield
+        return
     torch.set_default_dtype(dtype)
     try:
         with torch.autocast(device.type, enabled=False):

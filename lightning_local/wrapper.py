@@ -111,7 +111,8 @@ class Wrapper(pl.LightningModule):
         self.__dict__["_hook"] = name
         module = self.__dict__.get("_modules", {}).get("module")
         if module is not None:
-            module._current_fx_name = name
+            # Past Module.__setattr__: Lightning comes here 16 times per local module and batch.
+            module.__dict__["_current_fx_name"] = name
 
     @property
     def hparams(self) -> Any:

@@ -79,10 +79,10 @@ class _Clock(L.Callback):
         """Notes it."""
         self.note()
 
-    def seconds(self) -> float:
-        """The median step, without the first two."""
+    def steps(self) -> list[float]:
+        """Seconds of each step, without the first two."""
         steps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
-        return statistics.median(steps[1:])
+        return steps[1:]
 
 
 def _batch(options: argparse.Namespace, layout: torch.memory_format) -> tuple[torch.Tensor, ...]:
@@ -108,8 +108,8 @@ def _lightning(network: nn.Module, options: argparse.Namespace) -> L.LightningMo
     return LitClassifier(network, num_classes=NETWORKS[options.network][2])
 
 
-def by_hand(method: str, layout: str, options: argparse.Namespace) -> float:
-    """Seconds of a step of a loop without Lightning."""
+def by_hand(method: str, layout: str, options: argparse.Namespace) -> list[float]:
+    """Seconds of each step of a loop without Lightning."""
     kind = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     network = _network(options)
     made = METHODS[method]()
@@ -130,8 +130,8 @@ def by_hand(method: str, layout: str, options: argparse.Namespace) -> float:
     return _timed(loop, kind, options)
 
 
-def by_the_authors(method: str, options: argparse.Namespace) -> float:
-    """Seconds of a step of the authors' code."""
+def by_the_authors(method: str, options: argparse.Namespace) -> list[float]:
+    """Seconds of each step of the authors' code."""
     torch.manual_seed(0)
     depth = THEIRS[method]
     loop = TheirLoop(options.authors, options.network, options.batch, depth, _optimizer)
@@ -139,17 +139,17 @@ def by_the_authors(method: str, options: argparse.Namespace) -> float:
     return _timed(loop, torch.contiguous_format, options)
 
 
-def _timed(loop: Any, layout: torch.memory_format, options: argparse.Namespace) -> float:
+def _timed(loop: Any, layout: torch.memory_format, options: argparse.Namespace) -> list[float]:
     clock, (x, y) = _Clock(), _batch(options, layout)
     clock.note()
     for _ in range(options.steps):
         loop.step(x, y)
         clock.note()
-    return clock.seconds()
+    return clock.steps()
 
 
-def in_lightning(method: str, option: str, plain: bool, options: argparse.Namespace) -> float:
-    """Seconds of a step inside `Trainer.fit`.
+def in_lightning(method: str, option: str, plain: bool, options: argparse.Namespace) -> list[float]:
+    """Seconds of each step inside `Trainer.fit`.
 
     Args:
         method: Of `METHODS`.
@@ -174,12 +174,12 @@ def in_lightning(method: str, option: str, plain: bool, options: argparse.Namesp
         enable_model_summary=False, callbacks=[clock], limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(model, DataLoader(_Stored(_batch(options, kind), options.steps), batch_size=None))
-    return clock.seconds()
+    return clock.steps()
 
 
-def rows_of(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], float]]]:
+def rows_of(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], list[float]]]]:
     """Method, what runs it, and how to time it."""
-    found: list[tuple[str, str, Callable[[], float]]] = []
+    found: list[tuple[str, str, Callable[[], list[float]]]] = []
     for method in options.methods:
         given = method  # bound now
         found.append((method, "by hand", lambda m=given: by_hand(m, "", options)))
@@ -205,7 +205,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     seconds: list[list[float]] = [[] for _ in rows]
     for _ in range(options.rounds):
         for found, (_, _, run) in zip(seconds, rows, strict=True):
-            found.append(run())
+            found += run()
     best = {(m, how): min(s) for (m, how, _), s in zip(rows, seconds, strict=True)}
     return [
         {
@@ -214,7 +214,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "method": method,
             "loop": how,
             "step, ms": 1000 * min(found),
-            "slowest round, ms": 1000 * max(found),
+            "median, ms": 1000 * statistics.median(found),
             "by hand, x": min(found) / best[method, "by hand"],
             "authors, x": _ratio(min(found), best.get((method, "authors"))),
             "end to end by hand, x": _ratio(min(found), best.get(("end to end", "by hand"))),
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=7, help="of a round; the first two don't count"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="the fastest one's median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="in which all rows take turns")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--authors", type=Path, help="a checkout of the code of AugLocal's paper")
     parser.add_argument("--table", action="store_true", help="only rewrite the table")
