@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_local.body import Body, prediction
-from lightning_local.dryrun import Boundary, boundary, check_composition, run_values
+from lightning_local.dryrun import Boundary, boundary, check_composition, on_fakes, run_values
+from lightning_local.nodes import run_nodes
 from lightning_local.partition import Partition, check_names
 from lightning_local.slicing import place, slices
 from lightning_local.tracing import REMEDY, trace
@@ -64,6 +66,28 @@ def _check_hooks(network: nn.Module, opened: Iterable[str]) -> None:
             )
 
 
+def _values_asked(
+    network: nn.Module, inputs: Sequence[Any], nodes: Sequence[fx.Node], training: bool
+) -> list[Any]:
+    """What the last of some nodes returns for the inputs, and for a batch of another size.
+
+    Raises:
+        Exception: Fake tensors, which have no numbers, don't tell.
+    """
+
+    def run(host: nn.Module, *arguments: Any) -> Any:
+        values: dict[fx.Node, Any] = {}
+        run_nodes(host, nodes, arguments, values, lambda i: ())
+        return values[nodes[-1]]
+
+    size = inputs[0].shape[:1] if isinstance(inputs[0], torch.Tensor) else None
+    larger = [
+        torch.cat([v, v, v[:1]]) if isinstance(v, torch.Tensor) and v.shape[:1] == size else v
+        for v in inputs
+    ]
+    return [on_fakes(network, run, batch, training, real=False) for batch in (inputs, larger)]
+
+
 def _obstacle(network: nn.Module, opaque: Mapping[str, str]) -> str:
     def size(path: str) -> tuple[int, int]:
         return sum(p.numel() for p in network.get_submodule(path).parameters()), -len(path)
@@ -99,24 +123,25 @@ class Cutter:
         check_names(network, request, name)
         self.network, self.name = network, name
         opens = opens_candidates(network, request.leaves, request.granularity)
-        coarse = trace(network, opens, training=True, num_inputs=len(inputs))
+        given: dict[str, Any] = {"num_inputs": len(inputs)}
+        given["decide"] = partial(_values_asked, network, inputs)
+        coarse = trace(network, opens, training=True, **given)
         self.obstacle = _obstacle(network, coarse.opaque)
-        self.unit_points = tuple(find_units(network, coarse, run_values(network, coarse, inputs)))
+        values = run_values(network, coarse, inputs)
+        coarse.forget_constants(values.nodes)
+        self.unit_points = tuple(find_units(network, coarse, values))
         points = tuple(request.split_points or ())
         parts = [path.split(".") for path in (*self.unit_points, *points)]
         around = {".".join(part[:end]) for part in parts for end in range(1, len(part))}
         _check_hooks(network, ["", *sorted(around)])
         self._traces = {
-            mode: trace(
-                network,
-                lambda p, _: p in around,
-                training=mode,
-                num_inputs=len(inputs),
-                strict=True,
-            )
+            mode: trace(network, lambda p, _: p in around, training=mode, strict=True, **given)
             for mode in (True, False)
         }
         self._values = run_values(network, self._traces[True], inputs)
+        if self._traces[True].forget_constants(self._values.nodes):
+            evaluated = run_values(network, self._traces[False], inputs, training=False)
+            self._traces[False].forget_constants(evaluated.nodes)
         self._layout = request.layout
         self._unit_places = [self._place(p) for p in self.unit_points]
         places = [self._place(p) for p in points]

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_local.in_place import check_lists, filled
+from lightning_local.nodes import run_nodes
 from lightning_local.preserving import attributes_kept, training_mode
 from lightning_local.tracing import Trace
 
@@ -94,10 +94,12 @@ def on_fakes(
     inputs: Sequence[Any],
     training: bool = True,
     mode: FakeTensorMode | None = None,
+    real: bool = True,
 ) -> Any:
     """Calls `function(network, *inputs)` with fake copies of all tensors.
 
-    A network that fakes can't run (its modules read values) runs for real on a deep copy.
+    A network that fakes can't run (its modules read values) runs for real on a deep copy, unless
+    `real` is false.
 
     Args:
         network: The network; it is not changed.
@@ -105,6 +107,7 @@ def on_fakes(
         inputs: Real inputs; a batch of one sample is doubled, as BatchNorm needs two.
         training: The mode to run in.
         mode: Of the fakes, if some exist already.
+        real: Whether to fall back to the copy.
     """
     if isinstance(inputs[0], torch.Tensor) and inputs[0].shape[:1] == (1,):
         inputs = [_two_samples(value) for value in inputs]
@@ -126,10 +129,12 @@ def on_fakes(
             )
             return torch.func.functional_call(host, fakes, arguments)
     except Exception as error:  # whatever fakes can't run may still run
+        if not real:
+            raise
         _logger.info("dry run on a real copy, since fake tensors gave: %s", error)
-        real = copy.deepcopy(network)
-        with training_mode(real, training), torch.random.fork_rng():
-            return function(real, *inputs)
+        copied = copy.deepcopy(network)
+        with training_mode(copied, training), torch.random.fork_rng():
+            return function(copied, *inputs)
 
 
 def _two_samples(value: Any) -> Any:
@@ -138,8 +143,13 @@ def _two_samples(value: Any) -> Any:
     return value
 
 
-def run_values(network: nn.Module, trace: Trace, inputs: Sequence[Any]) -> Values:
-    """Runs a trace node by node on fake copies and keeps every value (shapes, no data)."""
+def run_values(
+    network: nn.Module, trace: Trace, inputs: Sequence[Any], training: bool = True
+) -> Values:
+    """Runs a trace node by node on fake copies and keeps every value (shapes, no data).
+
+    All parameters ask for gradients, frozen ones too, so that values tell whether these reach them.
+    """
     values: dict[fx.Node, Any] = {}
     events: list[_Event] = []
     position = 0
@@ -150,32 +160,20 @@ def run_values(network: nn.Module, trace: Trace, inputs: Sequence[Any]) -> Value
                 _Event(position, module, _shape(args[0] if args else None), _shape(output))
             )
 
-    def run(host: nn.Module, *arguments: Any) -> None:
+    def at(i: int) -> None:
         nonlocal position
+        position = i
+
+    def run(host: nn.Module, *arguments: Any) -> None:
         events.clear()
-        remaining = iter(arguments)
-        for i, node in enumerate(trace.nodes):
-            position = i
-            args, kwargs = filled((node.args, node.kwargs), values)
-            if node.op == "placeholder":
-                values[node] = next(remaining)
-            elif node.op == "get_attr":
-                path, _, name = str(node.target).rpartition(".")
-                values[node] = getattr(host.get_submodule(path), name)
-            elif node.op == "call_module":
-                values[node] = host.get_submodule(str(node.target))(*args, **kwargs)
-                check_lists(node, (args, kwargs), values, trace.alive(i))
-            elif node.op == "call_method":
-                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            elif node.op == "call_function":
-                assert callable(node.target)
-                values[node] = node.target(*args, **kwargs)
-            else:
-                values[node] = args[0]
+        for parameter in host.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        with torch.enable_grad():
+            run_nodes(host, trace.nodes, arguments, values, trace.alive, at)
 
     handle = register_module_forward_hook(hook)
     try:
-        on_fakes(network, run, inputs)
+        on_fakes(network, run, inputs, training)
     finally:
         handle.remove()
     return Values(values, events)

@@ -1,22 +1,19 @@
-"""What changes in place in traced glue: augmented assignment (`x += y`), lists given to a module.
+"""Augmented assignment (`x += y`) in traced glue.
 
 torch.fx would trace `x + y`, which allocates another tensor and leaves other names of `x` as they
 were. Its own in-place operators become statements in generated code, which also change names that
 hold numbers; as calls they change tensors only.
-
-A list that glue makes is made anew wherever generated code passes it on, so a module may change
-the one that it gets as long as nobody looks at what it replaced.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
-__all__ = ["InPlaceProxy", "check_lists", "filled"]
+__all__ = ["InPlaceProxy"]
 
 _NAMES = (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
@@ -25,58 +22,19 @@ _NAMES = (
 
 
 class InPlaceProxy(fx.Proxy):
-    """A proxy that knows augmented assignment."""
+    """A proxy that knows augmented assignment, and asks for its length."""
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        """An attribute that asks for its length as well, such as a shape."""
+        return _Attribute(self, name)
+
+    def __len__(self) -> int:
+        """What the tracer knows of it."""
+        return self.tracer.decisions.ask(self, "length")  # type: ignore[attr-defined, no-any-return]
 
 
-def filled(arguments: Any, values: Mapping[fx.Node, Any]) -> Any:
-    """A node's arguments with the nodes' values; lists and dicts are new ones, as generated code's.
-
-    torch.fx keeps the graph's own in classes that can't be changed.
-    """
-    if isinstance(arguments, fx.Node):
-        return values[arguments]
-    if isinstance(arguments, dict):
-        return {key: filled(value, values) for key, value in arguments.items()}
-    if isinstance(arguments, list):
-        return [filled(value, values) for value in arguments]
-    if type(arguments) is tuple:
-        return tuple(filled(value, values) for value in arguments)
-    return fx.node.map_arg(arguments, values.__getitem__)
-
-
-def check_lists(
-    node: fx.Node, given: Any, values: Mapping[fx.Node, Any], alive: Sequence[fx.Node]
-) -> None:
-    """Looks whether a call changed a list that others read: generated code gives it one of its own.
-
-    Args:
-        node: The call.
-        given: Its arguments as `filled` made them, after the call.
-        values: The nodes' values.
-        alive: Nodes that are read behind the call.
-
-    Raises:
-        ValueError: It took something out of a list or dict that is read again.
-    """
-    if any(taken in alive for taken in _taken((node.args, node.kwargs), given, values)):
-        raise ValueError(
-            f"`{node.target}` changes a list that it is given, and what it replaced in it is read "
-            "again behind it, which a body can't follow: give it a copy, list(...)."
-        )
-
-
-def _taken(arguments: Any, given: Any, values: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    if isinstance(arguments, fx.Node):
-        return [] if given is values[arguments] else [arguments]
-    if isinstance(arguments, dict):
-        pairs = [(argument, given.get(key)) for key, argument in arguments.items()]
-    elif isinstance(arguments, (list, tuple)):
-        # Of another length: what glue takes from it next may be another item.
-        items = given if len(given) == len(arguments) else [None] * len(arguments)
-        pairs = list(zip(arguments, items, strict=True))
-    else:
-        return []
-    return [node for argument, item in pairs for node in _taken(argument, item, values)]
+class _Attribute(fx.proxy.Attribute):
+    __len__ = InPlaceProxy.__len__
 
 
 def _function(name: str) -> Callable[[Any, Any], Any]:

@@ -6,7 +6,7 @@ as the user wrote it. What is not here: requests (`partition.py`), code that run
 Legend: a *value* is what one graph node returns; it is *alive* after node i when a node behind i
 still reads it. A value *depends on parameters* when a weight can change it. A cut after node i is
 legal when exactly one value that depends on parameters is alive there: the hidden state. Everything
-else that is alive (inputs, masks, sizes) rides along.
+else that is alive (inputs, masks, sizes, what is computed without gradient) rides along.
 """
 
 from __future__ import annotations
@@ -14,28 +14,22 @@ from __future__ import annotations
 import inspect
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from lightning_local.decisions import Decide, Decisions, Undecided, failing_line
 from lightning_local.factories import factories_recorded
 from lightning_local.in_place import InPlaceProxy
+from lightning_local.nodes import is_constant, reads_form
 from lightning_local.preserving import attributes_of, restore_attributes, training_mode
 
 __all__ = ["REMEDY", "Trace", "TraceError", "trace"]
-
-# They take the form of their argument, not its values.
-_FORM_METHODS = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
-_FORM_FUNCTIONS = {
-    getattr(torch, f"{name}_like")
-    for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")
-}
-_SIZE_METHODS = {"size", "dim", "numel", "ndimension", "get_device", "element_size", "stride"}
-_SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"}
-
 
 REMEDY = (
     "Move the code on that line into a submodule of its own (what is inside a module that is not "
@@ -100,13 +94,26 @@ class Trace:
                 own = str(node.target) in parameters
             elif node.op == "call_module":
                 own = self.has_parameters(node)
-            elif _reads_form(node):
+            elif reads_form(node):
                 continue
             else:
                 own = False
             if own or any(source in depends for source in node.all_input_nodes):
                 depends.add(node)
         return depends
+
+    def forget_constants(self, values: Mapping[fx.Node, Any]) -> bool:
+        """Lets values ride along through which no gradient comes back.
+
+        Args:
+            values: Of all nodes, in a run in which every parameter asks for its gradient.
+
+        Returns:
+            Whether there were such values, that seemed to depend on parameters.
+        """
+        constant = {node for node in self._depends if is_constant(values[node])}
+        self._depends -= constant
+        return bool(constant)
 
     def has_parameters(self, node: fx.Node) -> bool:
         """Whether the module that the node calls has parameters."""
@@ -131,27 +138,16 @@ class Trace:
         return crossing[0] if len(crossing) == 1 else None
 
 
-def _reads_form(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return str(node.target) in _SIZE_METHODS | _FORM_METHODS
-    if node.op == "call_function" and node.target in _FORM_FUNCTIONS:
-        return True
-    return (
-        node.op == "call_function"
-        and node.target is getattr
-        and len(node.args) > 1
-        and node.args[1] in _SIZE_ATTRIBUTES
-    )
-
-
 class _Tracer(fx.Tracer):
     """Opens the modules that `opens` names and remembers who made which node."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, opens: Callable[[str, nn.Module], bool], num_inputs: int) -> None:
+    def __init__(
+        self, opens: Callable[[str, nn.Module], bool], num_inputs: int, decisions: Decisions
+    ) -> None:
         super().__init__()
-        self.opens = opens
+        self.opens, self.decisions = opens, decisions
         self.num_inputs = num_inputs
         self.context = _context()
         self.stack: list[str] = [""]
@@ -161,6 +157,12 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.decisions.ask(obj, "truth"))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return iter([getitem(obj, i) for i in range(self.decisions.ask(obj, "length"))])
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self.opens(module_qualified_name, m)
@@ -218,17 +220,6 @@ def _context() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), *(torch.is_autocast_enabled(kind) for kind in kinds)
 
 
-def _failing_line(error: BaseException) -> str:
-    skipped = ("torch/fx/", "torch/nn/modules/module.py", "lightning_local/tracing.py")
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not any(part in frame.filename.replace("\\", "/") for part in skipped)
-    ]
-    last = frames[-1] if frames else None
-    return f"{last.filename}:{last.lineno}: {last.line}" if last else "line unknown"
-
-
 def trace(
     network: nn.Module,
     opens: Callable[[str, nn.Module], bool],
@@ -236,6 +227,7 @@ def trace(
     training: bool,
     num_inputs: int = 1,
     strict: bool = False,
+    decide: Decide,
 ) -> Trace:
     """Traces the glue of a network.
 
@@ -248,6 +240,7 @@ def trace(
         num_inputs: Number of positional inputs the network gets; further arguments keep their
             defaults.
         strict: Raise for a module inside too, instead of making it opaque.
+        decide: Answers what the glue asks about shapes and types.
 
     Raises:
         TraceError: The network's own forward can't be followed; names the line and the remedy.
@@ -259,9 +252,11 @@ def trace(
             f"{num_inputs} inputs don't fit the forward of {type(network).__name__}: {error}."
         ) from None
     opaque: dict[str, str] = {}
+    decisions = Decisions()
     while True:
+        decisions.restart()
         tracer = _Tracer(
-            lambda path, module: path not in opaque and opens(path, module), num_inputs
+            lambda path, module: path not in opaque and opens(path, module), num_inputs, decisions
         )
         kept, draws = attributes_of(network), random.getstate()
         try:
@@ -275,13 +270,19 @@ def trace(
         except Exception as error:
             random.setstate(draws)
             restore_attributes(kept)
+            if isinstance(error, Undecided):
+                with suppress(Exception):  # what fakes can't tell can't be followed
+                    decisions.settle(error, decide, training)
+                    continue
             where = type(network.get_submodule(tracer.stack[-1])).__name__
             reason = (
                 f"The forward of {where} can't be followed by torch.fx "
-                f"({type(error).__name__}: {error}) at\n    {_failing_line(error)}\n"
+                f"({type(error).__name__}: {error}) at\n    "
+                f"{failing_line(traceback.extract_tb(error.__traceback__))}\n"
             )
             if tracer.stack[-1] and not strict:
                 opaque[tracer.stack[-1]] = reason
+                decisions = Decisions()
                 continue
             raise TraceError(f"{reason}{REMEDY}") from error
         break

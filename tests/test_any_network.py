@@ -108,8 +108,7 @@ def run(network: nn.Module, function: Callable[[], torch.Tensor], training: bool
     return output, after, torch.get_rng_state()
 
 
-def chain(bodies, x: torch.Tensor) -> torch.Tensor:
-    values = (x,)
+def chain(bodies, *values: torch.Tensor) -> torch.Tensor:
     for body in bodies:
         values = body(*values)
     return values

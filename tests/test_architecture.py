@@ -29,6 +29,7 @@ PUBLIC = {
 # What a file may import besides torch and the standard library; a line may use all lines above it.
 LAYERS = [
     {"preserving", "recompute", "dividing", "factories", "in_place", "meter", "work"},
+    {"nodes", "decisions"},
     {"second_order", "ranges"},
     {"transport", "alarm", "replicas"},
     {"wire", "processes"},
@@ -76,7 +77,7 @@ LAYERS = [
     {"plan_command"},
     {"__init__", "__main__"},
 ]
-TORCH_ONLY = set().union(*LAYERS[:16])
+TORCH_ONLY = set().union(*LAYERS[:17])
 
 
 def imported(path):

@@ -7,6 +7,7 @@ and head one by one; its output is the whole network's, bit for bit.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import lightning as L
 import pytest
@@ -18,6 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from lightning_local import LocalLearner, methods
+from lightning_local.wrapping import as_inputs
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -37,6 +39,8 @@ TEXT = {
     **{f"{name}_token_id": i for i, name in enumerate(("bos", "eos", "pad"))},
 }
 DISTILLED = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2]}
+SWIN |= {"window_size": 4, "num_labels": CLASSES}
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 2, 1]}
 
 
@@ -49,6 +53,10 @@ def made(kind, **options):
 def gpt2(**options):
     sizes = {"vocab_size": TOKENS, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 2}
     return made("GPT2LMHeadModel", bos_token_id=0, eos_token_id=1, **sizes, **options)
+
+
+def llama():
+    return made("LlamaForCausalLM", **TEXT, **BLOCKS, **UNTIED, num_key_value_heads=2)
 
 
 def images(samples=4):
@@ -123,11 +131,15 @@ class LitParts(Lit):
         return self.model(batch["pixel_values" if "pixel_values" in batch else "input_ids"])
 
 
-class LitText(LitParts):
+class LitText(Lit):
     """Predicts the next token: labels are the tokens themselves, moved by one."""
 
     def loss(self, batch):
         return functional.cross_entropy(self.logits(batch).flatten(0, 1), moved(batch).flatten())
+
+
+class LitTextParts(LitText, LitParts):
+    pass
 
 
 def moved(batch):
@@ -142,17 +154,28 @@ def next_tokens(batch):
 AS_THEY_ARE = {
     "BeitForImageClassification": (IMAGES, images, 4),
     "BertForSequenceClassification": ({**TEXT, **BLOCKS}, texts, 4),
+    "DebertaV2ForSequenceClassification": ({**TEXT, **BLOCKS}, texts, 4),
     "Dinov2ForImageClassification": (IMAGES, images, 4),
     "DistilBertForSequenceClassification": ({**TEXT, **DISTILLED}, texts, 5),
     "RegNetForImageClassification": ({**STAGES, "groups_width": 4, "num_labels": 5}, images, 5),
     "RobertaForSequenceClassification": ({**TEXT, **BLOCKS}, texts, 4),
+    "SwinForImageClassification": (SWIN, images, 3),
+    "ViTForImageClassification": (IMAGES, images, 4),
+}
+
+
+UNTIED = {"tie_word_embeddings": False, "use_cache": False}
+LANGUAGE_MODELS = {
+    "GPT2LMHeadModel": (lambda: gpt2(**UNTIED), 5),
+    "LlamaForCausalLM": (lambda: llama(), 4),
 }
 
 
 def check(learner, batch, units, quiet, tmp_path):
     """Composes the bodies, and trains them for a step."""
     module, network = learner.module, learner.network
-    learner.build(learner.unpack(batch)[0])
+    inputs = as_inputs(learner.unpack(batch)[0])
+    learner.build(*inputs)
     assert len(learner.local_modules) == units
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     plain = copy.deepcopy(module)
@@ -162,9 +185,9 @@ def check(learner, batch, units, quiet, tmp_path):
     for training in (True, False):
         network.train(training)
         outputs = []
-        for forward in (network, lambda x: chain(bodies, x)):
+        for forward in (network, partial(chain, bodies)):
             torch.manual_seed(0)
-            outputs.append(forward(learner.unpack(batch)[0]))
+            outputs.append(forward(*inputs))
         assert type(outputs[0]) is type(outputs[1])
         tensors = [output if torch.is_tensor(output) else output.logits for output in outputs]
         assert torch.equal(*tensors), f"training={training}"
@@ -193,6 +216,14 @@ def test_a_network_of_transformers_is_cut_as_it_is(kind, quiet, tmp_path):
     check(LocalLearner(Lit(made(kind, **options)), "Greedy"), data(), units, quiet, tmp_path)
 
 
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_a_language_model_is_cut_as_it_is(kind, quiet, tmp_path):
+    make, units = LANGUAGE_MODELS[kind]
+    check(
+        LocalLearner(LitText(make()), "Greedy", unpack=next_tokens), texts(), units, quiet, tmp_path
+    )
+
+
 def test_heads_built_of_a_networks_own_units(quiet, tmp_path):
     learner = LocalLearner(Lit(bert()), methods.AugLocal(depth=1))
     check(learner, texts(), 3, quiet, tmp_path)
@@ -213,7 +244,7 @@ def test_a_gpt2_part_by_part(method, quiet, tmp_path):
     expected = network.eval().model(input_ids=batch["input_ids"]).logits
     assert torch.equal(network(batch["input_ids"]), expected)
     network.train()
-    learner = LocalLearner(LitText(network), method, unpack=next_tokens)
+    learner = LocalLearner(LitTextParts(network), method, unpack=next_tokens)
     check(learner, batch, {"Greedy": 4, "AugLocal": 2}[method], quiet, tmp_path)
 
 
@@ -223,30 +254,27 @@ def fitted(module, batch, quiet, **options):
     L.Trainer(**quiet, max_steps=1).fit(learner, loader, loader)
 
 
-FOLLOW = r"one unit, so it is trained end to end.* {} can't be followed .*\n.*{}.*\n.*parts one by"
-# Its network: (arguments, a batch, the words of the warning).
+FOLLOW = (
+    r"one unit, so it is trained end to end.* {} can't be followed .*{}.*\n.*{}.*\n.*parts one by"
+)
+# Arguments of a GPT-2: the words of the warning.
 OPAQUE = {
-    "ViTForImageClassification": (IMAGES, images, ("ViTModel", "pixel_values.dtype !=")),
-    "DebertaV2ForSequenceClassification": (
-        {**TEXT, **BLOCKS},
-        texts,
-        ("DebertaV2Encoder", "attention_mask.dim"),
-    ),
-    "LlamaForSequenceClassification": (
-        {**TEXT, **BLOCKS, "num_key_value_heads": 2, "use_cache": False},
-        texts,
-        ("LlamaModel", "batch_size != position_ids"),
+    "a cache": ({}, "DynamicCache", "hidden_states = block"),
+    "a mask of the type of embeddings": (
+        {**UNTIED, "attn_implementation": "eager"},
+        "torch.finfo",
+        "torch.finfo.dtype",
     ),
 }
 
 
-@pytest.mark.parametrize("kind", OPAQUE)
-def test_a_network_that_cannot_be_followed_says_where_and_trains_end_to_end(kind, quiet):
-    options, data, words = OPAQUE[kind]
-    network = made(kind, **options)
+@pytest.mark.parametrize("name", OPAQUE)
+def test_a_network_that_cannot_be_followed_says_where_and_trains_end_to_end(name, quiet):
+    options, *words = OPAQUE[name]
+    network = gpt2(**options)
     before = copy.deepcopy(network.state_dict())
-    with pytest.warns(UserWarning, match=FOLLOW.format(*words)):
-        fitted(Lit(network), data(), quiet)
+    with pytest.warns(UserWarning, match=FOLLOW.format("GPT2Model", *words)):
+        fitted(LitText(network), texts(), quiet, unpack=next_tokens)
     assert any(not torch.equal(v, before[n]) for n, v in network.state_dict().items())
 
 
@@ -264,7 +292,7 @@ def bert():
     return made("BertForSequenceClassification", **TEXT, **BLOCKS)
 
 
-def test_a_mask_has_to_be_unpacked(quiet):
+def test_a_mask_has_to_be_unpacked(quiet, tmp_path):
     batch = texts()
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     with pytest.raises(ValueError, match=r"with 2 inputs, .* gives 1: .*unpack=.* a tuple in the"):
@@ -273,9 +301,8 @@ def test_a_mask_has_to_be_unpacked(quiet):
     def unpack(batch):
         return (batch["input_ids"], batch["attention_mask"]), batch["labels"]
 
-    words = FOLLOW.format("BertModel", "attention_mask.ndim == 2")
-    with pytest.warns(UserWarning, match=words):
-        fitted(WithMask(bert()), batch, quiet, unpack=unpack)
+    learner = LocalLearner(WithMask(bert()), "Greedy", unpack=unpack)
+    check(learner, batch, 4, quiet, tmp_path)
 
 
 def test_the_loss_is_left_to_training_step(quiet):
@@ -286,7 +313,7 @@ def test_the_loss_is_left_to_training_step(quiet):
 def test_tied_embeddings_are_refused(quiet):
     words = r"`model.lm_head.weight` is used on both sides of a cut \(as `model.transformer.wte"
     with pytest.raises(ValueError, match=f"{words}.* Untie it"):
-        fitted(LitText(Gpt2(tie_word_embeddings=True)), texts(), quiet, unpack=next_tokens)
+        fitted(LitTextParts(Gpt2(tie_word_embeddings=True)), texts(), quiet, unpack=next_tokens)
 
 
 def test_an_output_of_several_tensors_needs_out_features():
