@@ -53,6 +53,7 @@ _PARTS = {
     "Examples and benchmarks": [
         "examples/image_classification/README",
         "benchmarks/accuracy/README",
+        "benchmarks/step_time/README",
         "benchmarks/methods/README",
         "benchmarks/memory/README",
         "benchmarks/memory/CHECK",

@@ -76,8 +76,8 @@ class LocalSummary(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the last epoch's curves, and what every stage has measured."""
-        learner = self._learner(pl_module)
-        self._keep(trainer, learner)
+        self._keep(trainer, self._learner(pl_module))
+        learner = self._learner(pl_module, one=True)
         if learner is None or learner.loop is None or not self.memory:
             return
         if (meter := learner.loop.watch.meter) is not None:
@@ -100,7 +100,7 @@ class LocalSummary(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measures the second step, when the optimizers have their states."""
-        learner = self._learner(pl_module)
+        learner = self._learner(pl_module, one=True)
         if not self.memory or learner is None or learner.loop is None:
             return
         done = learner.loop.stepping.steps
@@ -152,7 +152,7 @@ class LocalSummary(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints and draws what each local module reached."""
-        learner = self._learner(pl_module)
+        learner = self._learner(pl_module, one=self.memory)
         if learner is None:
             return
         where = "CUDA" if learner.device.type == "cuda" else "live tensors"
@@ -160,15 +160,20 @@ class LocalSummary(pl.Callback):
         if self.pictures and trainer.logger is not None and trainer.log_dir is not None:
             self._draw(learner, trainer.log_dir)
 
-    def _learner(self, module: pl.LightningModule) -> LocalLearner | None:
-        """The learner, if it has local modules; None for what is no learner, if that is fine."""
+    def _learner(self, module: pl.LightningModule, one: bool = False) -> LocalLearner | None:
+        """The learner, if it has local modules; None for what is no learner, if that is fine.
+
+        Args:
+            module: The Trainer's.
+            one: One local module is enough.
+        """
         learner = _learner_or_none(module)
         if learner is None and not self.added:
             raise TypeError(
                 f"LocalSummary is for a LocalLearner, but the Trainer runs a "
                 f"{type(module).__name__}: wrap the module, or leave the callback out."
             )
-        return learner if learner is not None and learner.num_modules != 1 else None
+        return learner if learner is not None and (one or learner.num_modules != 1) else None
 
     @rank_zero_only
     def _draw(self, learner: LocalLearner, folder: str) -> None:

@@ -39,7 +39,8 @@ class Watch:
     def profiled(self, k: int) -> Iterator[None]:
         """The same, and profilers see it under the local module's name."""
         if len(self._names) == 1:
-            yield
+            with self.metered(k):
+                yield
             return
         with (
             self.metered(k),

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.accuracy.configuration import DATA, method_of
 from benchmarks.accuracy.main import main
+from benchmarks.accuracy.table import rendered, results
 from lightning_local import heads, methods
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +75,17 @@ def test_killed_twice_it_ends_with_the_same_weights(arguments, tmp_path):
     again = result(folder)
     assert again["weights"] == expected["weights"]
     assert [e["accuracy"] for e in again["epochs"]] == [e["accuracy"] for e in expected["epochs"]]
+
+
+def test_the_tables_show_every_finished_run():
+    readme = (ROOT / "benchmarks/accuracy/README.md").read_text()
+    finished = [found for found in results() if found["finished"]]
+    assert finished
+    rows = [line for line in rendered(results()).splitlines() if "%" not in line]
+    for found in finished:
+        shown = f"| {100 * found['last']:.2f} | {100 * found['best']:.2f} |"
+        (row,) = [r for r in rows if r.startswith(f"| `{found['method']}` |") and shown in r]
+        assert row in readme, f"python -m benchmarks.accuracy.table: {row}"
 
 
 def test_minutes_end_a_run_that_then_goes_on(arguments, tmp_path, capsys):

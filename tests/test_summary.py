@@ -83,13 +83,18 @@ def test_the_tables(rich, quiet, capsys, monkeypatch, caplog):
         assert f"{accuracy:.2%}" in text
 
 
-def test_no_table_for_one_module(quiet, capsys):
-    run(lambda m: LocalLearner(m, "EndToEnd"), quiet, callbacks=[LocalSummary(memory=True)])
-    assert "local modules" not in capsys.readouterr().out
+def test_no_table_for_one_module_but_its_memory(quiet, capsys):
+    run(lambda m: LocalLearner(m, "EndToEnd"), quiet, callbacks=[LocalSummary()])
+    assert not capsys.readouterr().out.strip()
+    summary = LocalSummary(memory=True)
+    run(lambda m: LocalLearner(m, "EndToEnd"), quiet, callbacks=[summary])
+    text = capsys.readouterr().out
+    assert "units in" not in text
+    assert f"{summary.peaks[0] / 2**20:.1f} MiB" in text
 
 
 @pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("method", ["Greedy", "BackLink", "SGR"])
+@pytest.mark.parametrize("method", ["EndToEnd", "Greedy", "BackLink", "SGR"])
 def test_peaks_are_those_of_a_count_from_outside(method, window, quiet):
     class Wide(Lit):
         def __init__(self):
@@ -118,7 +123,7 @@ def test_peaks_are_those_of_a_count_from_outside(method, window, quiet):
         lambda m: LocalLearner(m, method), quiet, Wide, callbacks=[summary, outside],
         accumulate_grad_batches=window,
     )  # fmt: skip
-    assert len(summary.peaks) == 4
+    assert len(summary.peaks) == (1 if method == "EndToEnd" else 4)
     assert min(summary.peaks) > 0
     # Metrics, and what the user's own code makes between the modules, are no module's.
     assert max(summary.peaks) == pytest.approx(outside.peak, rel=0.02)

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> bool:
     }
     facts["batch"] = options.batch or RECIPES[options.recipe].batch
     facts["precision"], facts["epochs_planned"] = options.precision, options.epochs
-    summary = LocalSummary(head_accuracy=True, memory=not checkpoint.exists(), pictures=False)
+    summary = LocalSummary(head_accuracy=True, memory=True, pictures=False)
     record = Record(result, checkpoint, facts, summary, options.save_seconds, stop)
     trainer = L.Trainer(
         max_epochs=options.epochs, precision=options.precision, accelerator=options.device,

@@ -4,6 +4,7 @@
 
 A list is a file in `lists/` with the arguments of one run per line; what stands on the command line
 goes to all of them. Runs that are finished are left out, and those that were begun come first.
+Tables and pictures are renewed whenever a run ends.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 
+from benchmarks.accuracy import table
 from benchmarks.accuracy.configuration import RECIPES, name_of
 from benchmarks.accuracy.main import HERE, parser_of_a_run
 
@@ -58,8 +60,11 @@ def main() -> None:
         if not running:
             break
         time.sleep(1)
-        failed += sum(process.poll() not in (None, 0) for process in running)
-        running = [process for process in running if process.poll() is None]
+        ended = [process for process in running if process.poll() is not None]
+        failed += sum(process.returncode != 0 for process in ended)
+        running = [process for process in running if process not in ended]
+        if ended:
+            table.main()
     if failed:
         sys.exit(f"{failed} runs failed")
 

@@ -82,6 +82,7 @@ class Record(L.Callback):
         batch_idx: int,
     ) -> None:
         """Saves, but not between an epoch's last batch and its validation."""
+        self.peak = max([self.peak, *self.summary.peaks])
         if batch_idx + 1 < trainer.num_training_batches:
             self._save(trainer)
 
@@ -103,7 +104,6 @@ class Record(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the JSON, and saves if it is time."""
-        self.peak = max([self.peak, *self.summary.peaks])
         if torch.cuda.is_available():
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
         done = trainer.current_epoch + 1 == trainer.max_epochs

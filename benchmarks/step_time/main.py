@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning as L
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.report import renew_table, write
@@ -43,7 +44,9 @@ METHODS: dict[str, Callable[[], methods.LocalMethod]] = {
     "AugLocal, d=6": lambda: methods.AugLocal(depth=6),
     "BackLink": methods.BackLink,
 }
-OPTIONS = ("channels_last", "bf16", "recompute", "compile")
+# Seconds of each step, and operations of one.
+Found: TypeAlias = tuple[list[float], "int | str"]
+OPTIONS = ("channels_last", "bf16", "recompute", "compile", "graphs")
 
 
 class _Stored(Dataset[Any]):
@@ -61,11 +64,30 @@ class _Stored(Dataset[Any]):
         return self.batch
 
 
-class _Clock(L.Callback):
-    """When each batch ended: between two of these lies all that a step takes."""
+class _Operations(TorchDispatchMode):
+    """Counts what reaches torch's dispatcher: on a GPU about as many kernels are launched."""
 
-    def __init__(self) -> None:
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Clock(L.Callback):
+    """When each batch ended: between two of these lies all that a step takes.
+
+    Args:
+        counts: Count operations in the second step, which is not timed.
+
+    Attributes:
+        operations: Of that step.
+    """
+
+    def __init__(self, counts: bool = True) -> None:
         self.ends: list[float] = []
+        self.operations: int | str = ""
+        self._mode = _Operations() if counts else None
 
     def note(self) -> None:
         """Process time, or wall time behind the device's work."""
@@ -74,15 +96,19 @@ class _Clock(L.Callback):
             self.ends.append(time.perf_counter())
         else:
             self.ends.append(time.process_time())
+        if self._mode is not None and len(self.ends) == 1:
+            self._mode.__enter__()
+        elif self._mode is not None and len(self.ends) == 2:
+            self._mode.__exit__(None, None, None)
+            self.operations = self._mode.number
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Notes it."""
         self.note()
 
-    def steps(self) -> list[float]:
-        """Seconds of each step, without the first two."""
-        steps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
-        return steps[1:]
+    def steps(self) -> Found:
+        """Seconds of each step but the first two, and the operations of one."""
+        return [b - a for a, b in zip(self.ends[1:], self.ends[2:], strict=False)], self.operations
 
 
 def _batch(options: argparse.Namespace, layout: torch.memory_format) -> tuple[torch.Tensor, ...]:
@@ -108,7 +134,7 @@ def _lightning(network: nn.Module, options: argparse.Namespace) -> L.LightningMo
     return LitClassifier(network, num_classes=NETWORKS[options.network][2])
 
 
-def by_hand(method: str, layout: str, options: argparse.Namespace) -> list[float]:
+def by_hand(method: str, layout: str, options: argparse.Namespace) -> Found:
     """Seconds of each step of a loop without Lightning."""
     kind = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     network = _network(options)
@@ -130,7 +156,7 @@ def by_hand(method: str, layout: str, options: argparse.Namespace) -> list[float
     return _timed(loop, kind, options)
 
 
-def by_the_authors(method: str, options: argparse.Namespace) -> list[float]:
+def by_the_authors(method: str, options: argparse.Namespace) -> Found:
     """Seconds of each step of the authors' code."""
     torch.manual_seed(0)
     depth = THEIRS[method]
@@ -139,16 +165,15 @@ def by_the_authors(method: str, options: argparse.Namespace) -> list[float]:
     return _timed(loop, torch.contiguous_format, options)
 
 
-def _timed(loop: Any, layout: torch.memory_format, options: argparse.Namespace) -> list[float]:
+def _timed(loop: Any, layout: torch.memory_format, options: argparse.Namespace) -> Found:
     clock, (x, y) = _Clock(), _batch(options, layout)
-    clock.note()
     for _ in range(options.steps):
         loop.step(x, y)
         clock.note()
     return clock.steps()
 
 
-def in_lightning(method: str, option: str, plain: bool, options: argparse.Namespace) -> list[float]:
+def in_lightning(method: str, option: str, plain: bool, options: argparse.Namespace) -> Found:
     """Seconds of each step inside `Trainer.fit`.
 
     Args:
@@ -162,12 +187,14 @@ def in_lightning(method: str, option: str, plain: bool, options: argparse.Namesp
     model: L.LightningModule = module
     if not plain:
         recompute = "blocks" if option == "recompute" else "none"
-        compile = option == "compile"
+        compile = {"compile": True, "graphs": "reduce-overhead"}.get(option, False)
         model = LocalLearner(module, METHODS[method](), recompute=recompute, compile=compile)
         if option == "channels_last":
             model.build(_batch(options, torch.contiguous_format)[0][:2])
             model.to(memory_format=kind)
-    clock = _Clock()
+    clock = _Clock(
+        counts=option not in ("compile", "graphs")
+    )  # compiled code is counted as what it was made from
     trainer = L.Trainer(
         accelerator="auto", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
         precision="bf16-mixed" if option == "bf16" else "32-true", enable_progress_bar=False,
@@ -177,9 +204,9 @@ def in_lightning(method: str, option: str, plain: bool, options: argparse.Namesp
     return clock.steps()
 
 
-def rows_of(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], list[float]]]]:
+def rows_of(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Found]]]:
     """Method, what runs it, and how to time it."""
-    found: list[tuple[str, str, Callable[[], list[float]]]] = []
+    found: list[tuple[str, str, Callable[[], Found]]] = []
     for method in options.methods:
         given = method  # bound now
         found.append((method, "by hand", lambda m=given: by_hand(m, "", options)))
@@ -203,9 +230,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per method and loop; rounds in which all take turns."""
     rows = rows_of(options)
     seconds: list[list[float]] = [[] for _ in rows]
+    operations: list[int | str] = [""] * len(rows)
     for _ in range(options.rounds):
-        for found, (_, _, run) in zip(seconds, rows, strict=True):
-            found += run()
+        for i, (_, _, run) in enumerate(rows):
+            steps, operations[i] = run()
+            seconds[i] += steps
     best = {(m, how): min(s) for (m, how, _), s in zip(rows, seconds, strict=True)}
     return [
         {
@@ -215,11 +244,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "loop": how,
             "step, ms": 1000 * min(found),
             "median, ms": 1000 * statistics.median(found),
+            "operations": count,
             "by hand, x": min(found) / best[method, "by hand"],
             "authors, x": _ratio(min(found), best.get((method, "authors"))),
             "end to end by hand, x": _ratio(min(found), best.get(("end to end", "by hand"))),
         }
-        for found, (method, how, _) in zip(seconds, rows, strict=True)
+        for found, count, (method, how, _) in zip(seconds, operations, rows, strict=True)
     ]
 
 
@@ -231,7 +261,7 @@ def main() -> None:
     """Measures and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--network", choices=NETWORKS, default="resnet32")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, nargs="+", default=[2, 128])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:3])
     parser.add_argument("--options", nargs="*", choices=OPTIONS, default=[])
     parser.add_argument(
@@ -251,7 +281,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows = measure(options)
+    rows = [
+        row
+        for batch in options.batch
+        for row in measure(argparse.Namespace(**{**vars(options), "batch": batch}))
+    ]
     if options.print:
         for row in rows:
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
