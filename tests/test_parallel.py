@@ -89,13 +89,14 @@ class Gate(nn.Module):
 
 
 class Masked(Classifier):
-    """A mask of the input goes along to every block."""
+    """A mask of the input, and one of a hidden state without gradient, go along to every block."""
 
     def forward(self, x):
         mask = x > 0
         x = self.stem(x)
+        gate = (x.detach() > 0.5).any(1, keepdim=True)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, mask | gate if x.shape[2:] == mask.shape[2:] else mask)
         return self.fc(x.mean((2, 3)))
 
 
