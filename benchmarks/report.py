@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None
     # A path says something about the machine alone.
     given = [f"FOLDER/{Path(a).name}" if a.startswith("/") else a for a in sys.argv[1:]]
     result = {
-        "command": " ".join(["python", "-m", f"benchmarks.{folder.name}.main", *given]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{folder.name}.main", *given]),
         **environment(),
         **facts,
         "rows": list(rows),
