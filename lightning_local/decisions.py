@@ -16,7 +16,8 @@ from torch.fx.proxy import TraceError
 
 __all__ = ["KINDS", "Decide", "Decisions", "Undecided", "failing_line", "same_as_traced"]
 
-KINDS: dict[str, Callable[[Any], int]] = {"truth": bool, "length": len}
+# Not bool(): the compiler keeps that symbolic, and torch 2.8 then can't compare it.
+KINDS: dict[str, Callable[[Any], int]] = {"truth": lambda v: 1 if v else 0, "length": len}
 # From the nodes so far, the last of which is asked about, and the mode, to its values in batches of
 # different sizes; fails where numbers decide.
 Decide = Callable[[Sequence[fx.Node], bool], Sequence[Any]]
@@ -75,9 +76,10 @@ def same_as_traced(value: Any, kind: str, answer: int, line: str) -> None:
     """
     found = KINDS[kind](value)
     if found != answer:
+        now, then = (bool(x) if kind == "truth" else x for x in (found, answer))
         raise ValueError(
             f"The network decides on the form of its input, and takes another way for this batch "
-            f"than for the example it was cut with ({found} instead of {answer}) at\n    {line}\n"
+            f"than for the example it was cut with ({now} instead of {then}) at\n    {line}\n"
             "Give it batches of one form (drop_last=True, if it is the last one of an epoch), or "
             "move the code on that line into a submodule of its own."
         )
