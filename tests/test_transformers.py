@@ -12,6 +12,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from fleet import differences, together, trainer
 from settings import Recorder
 from test_any_network import CLASSES, chain
 from torch import nn
@@ -222,6 +223,28 @@ def test_a_language_model_is_cut_as_it_is(kind, quiet, tmp_path):
     check(
         LocalLearner(LitText(make()), "Greedy", unpack=next_tokens), texts(), units, quiet, tmp_path
     )
+
+
+def weights_of(make):
+    """What a fit leaves of a language model."""
+    L.seed_everything(0, verbose=False)
+    learner = LocalLearner(LitText(llama()), "BackLink", unpack=next_tokens)
+    torch.manual_seed(1)
+    loader = DataLoader([texts() for _ in range(3)], batch_size=None)
+    make(max_epochs=1).fit(learner, loader, loader)
+    return {"network": learner.module.state_dict()}
+
+
+def in_two_stages(rank, quiet):
+    strategy = {"send_input": True}  # the loss reads the tokens
+    return weights_of(partial(trainer, rank, 2, quiet, strategy=strategy))
+
+
+def test_a_llama_in_two_processes_is_one_process(quiet):
+    """Rotary tables and the mask travel with the hidden state."""
+    one = weights_of(partial(L.Trainer, **quiet))
+    for found in together(2, in_two_stages, quiet):
+        assert not differences(one, found)
 
 
 def test_heads_built_of_a_networks_own_units(quiet, tmp_path):
