@@ -111,7 +111,9 @@ class _Clock(L.Callback):
         return [b - a for a, b in zip(self.ends[1:], self.ends[2:], strict=False)], self.operations
 
 
-def _batch(options: argparse.Namespace, layout: torch.memory_format) -> tuple[torch.Tensor, ...]:
+def _batch(
+    options: argparse.Namespace, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[torch.Tensor, ...]:
     _, side, classes = NETWORKS[options.network]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(options.batch, 3, side, side, generator=generator)
@@ -134,26 +136,26 @@ def _lightning(network: nn.Module, options: argparse.Namespace) -> L.LightningMo
     return LitClassifier(network, num_classes=NETWORKS[options.network][2])
 
 
-def by_hand(method: str, layout: str, options: argparse.Namespace) -> Found:
-    """Seconds of each step of a loop without Lightning."""
-    kind = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    network = _network(options)
-    made = METHODS[method]()
-    loop: Any
-    if isinstance(made, methods.EndToEnd):
-        loop = EndToEndByHand(network.to(memory_format=kind), _optimizer)
-    else:
-        # Heads as the library makes them, so that the same is computed; bodies by hand.
-        learner = LocalLearner(_lightning(network, options), made)
-        learner.build(_batch(options, torch.contiguous_format)[0][:2])
-        heads = [m.head for m in learner.local_modules if m.head is not None]
-        parts = parts_of(network)
-        bodies = [*parts[: len(heads)], nn.Sequential(*parts[len(heads) :])]
-        for part in (*bodies, *heads):
-            part.to(memory_format=kind)
-        loop = ByHand(bodies, heads, _optimizer, linked=method == "BackLink")
+def loop_by_hand(method: str, network: nn.Module, options: argparse.Namespace) -> Any:
+    """A loop without Lightning that trains the network.
+
+    Heads are as the library makes them, so that the same is computed; bodies are made by hand.
+    """
     network.train()
-    return _timed(loop, kind, options)
+    made = METHODS[method]()
+    if isinstance(made, methods.EndToEnd):
+        return EndToEndByHand(network, _optimizer)
+    learner = LocalLearner(_lightning(network, options), made)
+    learner.build(_batch(options)[0][:2])
+    heads = [m.head for m in learner.local_modules if m.head is not None]
+    parts = parts_of(network)
+    bodies = [*parts[: len(heads)], nn.Sequential(*parts[len(heads) :])]
+    return ByHand(bodies, heads, _optimizer, linked=method == "BackLink")
+
+
+def by_hand(method: str, options: argparse.Namespace) -> Found:
+    """Seconds of each step of a loop without Lightning."""
+    return _timed(loop_by_hand(method, _network(options), options), options)
 
 
 def by_the_authors(method: str, options: argparse.Namespace) -> Found:
@@ -162,11 +164,11 @@ def by_the_authors(method: str, options: argparse.Namespace) -> Found:
     depth = THEIRS[method]
     loop = TheirLoop(options.authors, options.network, options.batch, depth, _optimizer)
     loop.network.train().to("cuda" if torch.cuda.is_available() else "cpu")
-    return _timed(loop, torch.contiguous_format, options)
+    return _timed(loop, options)
 
 
-def _timed(loop: Any, layout: torch.memory_format, options: argparse.Namespace) -> Found:
-    clock, (x, y) = _Clock(), _batch(options, layout)
+def _timed(loop: Any, options: argparse.Namespace) -> Found:
+    clock, (x, y) = _Clock(), _batch(options)
     for _ in range(options.steps):
         loop.step(x, y)
         clock.note()
@@ -190,7 +192,7 @@ def in_lightning(method: str, option: str, plain: bool, options: argparse.Namesp
         compile = {"compile": True, "graphs": "reduce-overhead"}.get(option, False)
         model = LocalLearner(module, METHODS[method](), recompute=recompute, compile=compile)
         if option == "channels_last":
-            model.build(_batch(options, torch.contiguous_format)[0][:2])
+            model.build(_batch(options)[0][:2])
             model.to(memory_format=kind)
     clock = _Clock(
         counts=option not in ("compile", "graphs")
@@ -209,7 +211,7 @@ def rows_of(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Fo
     found: list[tuple[str, str, Callable[[], Found]]] = []
     for method in options.methods:
         given = method  # bound now
-        found.append((method, "by hand", lambda m=given: by_hand(m, "", options)))
+        found.append((method, "by hand", lambda m=given: by_hand(m, options)))
         if method == "end to end":
             found.append((method, "Lightning", lambda m=given: in_lightning(m, "", True, options)))
         if options.authors is not None and method in THEIRS:
