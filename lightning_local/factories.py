@@ -1,4 +1,4 @@
-"""Functions that make tensors, while a network is traced."""
+"""Functions that make tensors, or tell about types of numbers, while a network is traced."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _FACTORY_NAMES = (
     "arange bernoulli empty eye full linspace logspace normal ones rand randint randn randperm "
     "tensor tril_indices triu_indices zeros"
 )
+# They look into their argument, which may be a proxy: masks add `torch.finfo(x.dtype).min`.
+_INFO_NAMES = ("finfo", "iinfo")
 _FACTORIES = {getattr(torch, name) for name in _FACTORY_NAMES.split()}
 
 
@@ -40,10 +42,17 @@ class _Recorded(TorchFunctionMode):
 @contextmanager
 def factories_recorded(tracer: fx.Tracer) -> Iterator[None]:
     """Tensors made inside the block become graph nodes, so that they are made in every step."""
-    originals = {name: getattr(torch, name) for name in _FACTORY_NAMES.split()}
+    names = (*_FACTORY_NAMES.split(), *_INFO_NAMES)
+    originals = {name: getattr(torch, name) for name in names}
 
     def recorded(function: Any) -> Any:
-        return lambda *args, **kwargs: tracer.create_proxy("call_function", function, args, kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            proxies = any(isinstance(each, fx.Proxy) for each in (*args, *kwargs.values()))
+            if function in _FACTORIES or proxies:
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
 
     try:
         # The mode alone does not see a proxy among int sizes: torch's parser rejects it before.
