@@ -94,7 +94,21 @@ def rendered(found: list[dict[str, Any]]) -> str:
         dates = sorted(r["date"] for r in members)
         when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
         lines += ["", f"{'; '.join(sorted(ran))}; {when}.", ""]
+        if _drawn(members):
+            lines += [f"![{_title(group)}]({_picture(group)})", ""]
     return "\n".join(lines).rstrip()
+
+
+def _picture(group: tuple[Any, ...]) -> str:
+    dataset, network, recipe, batch, epochs, held_out = group
+    return f"{dataset}_{network}_{recipe}_b{batch}_e{epochs}_val{held_out}.png"
+
+
+def _drawn(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is in a group's picture: finished runs, if there is one to compare with."""
+    done = [each for each in members if each["finished"]]
+    compared = len(done) > 1 and any(each["method"] == "EndToEnd" for each in done)
+    return done if compared else []
 
 
 def _draw(found: list[dict[str, Any]]) -> None:
@@ -104,10 +118,10 @@ def _draw(found: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot as plt
 
     for group, members in _groups(found):
-        reference = next((r for r in members if r["method"] == "EndToEnd"), None)
-        done = [r for r in members if r["finished"]]
-        if reference is None or len(done) < 2:
+        done = _drawn(members)
+        if not done:
             continue
+        reference = next(r for r in done if r["method"] == "EndToEnd")
         figure, (memory, cost, depth) = plt.subplots(1, 3, figsize=(16, 4.8))
         for number, each in enumerate(done):
             color = f"C{number % 10}"
@@ -130,7 +144,7 @@ def _draw(found: list[dict[str, Any]]) -> None:
         figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
         figure.suptitle(_title(group))
         figure.tight_layout(rect=(0, 0.04 * (1 + len(labels) // 4), 1, 1))
-        figure.savefig(HERE / ("_".join(map(str, group[:3])) + f"_{group[4]}.png"), dpi=110)
+        figure.savefig(HERE / _picture(group), dpi=110)
         plt.close(figure)
 
 
