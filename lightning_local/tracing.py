@@ -194,7 +194,13 @@ class _Tracer(fx.Tracer):
         if isinstance(a, dict) and is_dataclass(a):
             given = {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a)}
             return self.create_node("call_function", type(a), (), given)
-        return super().create_arg(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            raise ValueError(
+                f"glue makes a {type(a).__name__} for a module, which a body can't for each batch; "
+                "switch it off if the network has an option for that, such as use_cache=False"
+            ) from None
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

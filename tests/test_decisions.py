@@ -85,6 +85,25 @@ def test_glue_that_asks_for_numbers_or_samples_is_refused(glue):
         cut_into_three(Net(glue), torch.randn(4, D))
 
 
+class Cache:
+    """What a language model keeps of earlier tokens."""
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Bilinear(D, D, CLASSES)
+
+    def forward(self, x):
+        return self.middle(x, Cache())
+
+
+def test_an_object_made_for_a_module_is_named_with_the_remedy():
+    words = "glue makes a Cache for a module, .* such as use_cache=False"
+    with pytest.raises(ValueError, match=words):
+        cut_network(Caching(), Partition(), [torch.randn(4, D)])
+
+
 class Sequence(nn.Module):
     """Another way for long sequences."""
 
