@@ -196,7 +196,7 @@ class _Tracer(fx.Tracer):
             return self.create_node("call_function", type(a), (), given)
         try:
             return super().create_arg(a)
-        except NotImplementedError:
+        except RuntimeError:  # torch.fx's for what a graph can't hold
             raise ValueError(
                 f"glue makes a {type(a).__name__} for a module, which a body can't for each batch; "
                 "switch it off if the network has an option for that, such as use_cache=False"
