@@ -1,7 +1,7 @@
 """Turns a network's glue into a `torch.fx` graph, and says where that graph may be cut.
 
 Only the glue is traced: a module that holds no cut stays one opaque call, so its own Python runs
-as the user wrote it. What is not here: requests (`partition.py`), code that runs (`body.py`).
+as the user wrote it. Not here: requests (`partition.py`), code that runs (`body.py`).
 
 Legend: a *value* is what one graph node returns; it is *alive* after node i when a node behind i
 still reads it. A value *depends on parameters* when a weight can change it. A cut after node i is
@@ -196,7 +196,9 @@ class _Tracer(fx.Tracer):
             return self.create_node("call_function", type(a), (), given)
         try:
             return super().create_arg(a)
-        except RuntimeError:  # torch.fx's for what a graph can't hold
+        except RuntimeError:  # torch.fx's for what a graph can't hold, and for keys of dicts
+            if isinstance(a, dict):
+                raise
             raise ValueError(
                 f"glue makes a {type(a).__name__} for a module, which a body can't for each batch; "
                 "switch it off if the network has an option for that, such as use_cache=False"
@@ -207,8 +209,7 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if self.submodule_paths is not None and m not in self.submodule_paths:
             return forward(*args, **kwargs)  # made in glue, as in nn.ReLU()(x): it is glue too
-        path = self.path_of_module(m)
-        leaf = self.is_leaf_module(m, path)
+        leaf = self.is_leaf_module(m, path := self.path_of_module(m))
         if not leaf:
             self.opened.append(path)
             self.stack.append(path)
