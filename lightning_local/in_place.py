@@ -30,7 +30,9 @@ class InPlaceProxy(fx.Proxy):
 
     def __len__(self) -> int:
         """What the tracer knows of it."""
-        return self.tracer.decisions.ask(self, "length")  # type: ignore[attr-defined, no-any-return]
+        # Ours, in `tracing.py`; torch.fx's own has no decisions.
+        tracer: Any = self.tracer
+        return int(tracer.decisions.ask(self, "length"))
 
 
 class _Attribute(fx.proxy.Attribute):
