@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,54 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(folder: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
+def kept(folder: Path, replaced: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
+    """What `write` takes to add to the result that is there, made by other commands.
+
+    Args:
+        folder: The benchmark's.
+        replaced: Whether a row is measured anew.
+
+    Raises:
+        ValueError: It was measured elsewhere, or with other versions.
+    """
+    result = json.loads((folder / "result.json").read_text())
+    now = environment()
+    for name in ("machine", "versions"):
+        if result[name] != now[name]:
+            raise ValueError(
+                f"--add: {folder.name}/result.json is of {result[name]}, and this is {now[name]}: "
+                "measure all of it again."
+            )
+    return {
+        "before": [row for row in result["rows"] if not replaced(row)],
+        "commands": result.get("commands", [result["command"]]),
+    }
+
+
+def write(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    before: Sequence[Mapping[str, Any]] = (),
+    commands: Sequence[str] = (),
+    **facts: Any,
+) -> None:
     """Writes `result.json` and renews the README's table.
 
     Args:
         folder: The benchmark's.
         rows: One mapping per row, with the same keys each.
+        before: Rows that are kept, see `kept`.
+        commands: What they were made by.
         facts: What else belongs to the result, such as the seed.
     """
     # A path says something about the machine alone.
     given = [f"FOLDER/{Path(a).name}" if a.startswith("/") else a for a in sys.argv[1:]]
+    command = shlex.join(["python", "-m", f"benchmarks.{folder.name}.main", *given])
+    rows = [*before, *rows]
     result = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{folder.name}.main", *given]),
+        "command": command,
+        **({"commands": [*commands, command]} if commands else {}),
         **environment(),
         **facts,
         "rows": list(rows),
@@ -76,7 +112,8 @@ def renew_table(folder: Path) -> None:
         "| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in result["rows"]
     ]
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    lines += ["", f"`{result['command']}`, {result['date']}, {result['machine']}, {versions}."]
+    commands = ", ".join(f"`{each}`" for each in result.get("commands", [result["command"]]))
+    lines += ["", f"{commands}, {result['date']}, {result['machine']}, {versions}."]
     readme = folder / "README.md"
     before, _, rest = readme.read_text().partition(START)
     _, _, after = rest.partition(END)

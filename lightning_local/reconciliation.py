@@ -17,7 +17,7 @@ from lightning_local.work import Coupling, Work, unscaled
 
 __all__ = ["DISTANCES", "GradientReconciliation", "gradient_distance"]
 
-# torch has no class for these two.
+# What torch raises, without a class of its own, where it can't differentiate a gradient.
 _NO_DERIVATIVE = re.compile("derivative for .* is not implemented|differentiate twice")
 DISTANCES = ("squared_l2", "mse", "cosine", "normalized_l2")
 
@@ -148,10 +148,7 @@ class GradientReconciliation(Coupling):
         try:
             work.run_backward(loss)
         except RuntimeError as error:
-            # torch has no class for them.
-            if not re.search(
-                "derivative for .* is not implemented|differentiate twice", str(error)
-            ):
+            if not _NO_DERIVATIVE.search(str(error)):
                 raise
             raise ValueError(
                 f"SGR's reconciliation differentiates gradients once more, which torch can't for a "

@@ -10,6 +10,8 @@ import torch
 import torch.distributed
 from fleet import QUIET
 
+# Asserts outside of test files say what they compared, too.
+pytest.register_assert_rewrite("composing", "faults", "parallel_modules", "settings", "twin")
 torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)

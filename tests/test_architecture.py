@@ -12,6 +12,7 @@ from lightning_local import methods
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_local"
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted(Path(__file__).parent.glob("*.py"))
 
 PUBLIC = {
     "EarlyExit",
@@ -126,7 +127,11 @@ def test_imports_point_one_way(path):
             assert package not in {"lightning", "lightning_utilities", "torchmetrics"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path",
+    [*FILES, *TESTS],
+    ids=lambda p: str(p.relative_to(PACKAGE if p in FILES else ROOT)),
+)
 def test_budgets(path):
     lines = len(path.read_text().splitlines())
     preset = path.parent.name == "methods" and path.name not in ("__init__.py", "base.py")

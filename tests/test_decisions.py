@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
+from composing import CLASSES, Net, chain
+from composing import cut as cut_into_three
 from settings import cut_network
-from test_any_network import CLASSES, Net, chain
-from test_any_network import cut as cut_into_three
 from torch import nn
 from torch._dynamo.utils import counters
 

@@ -65,7 +65,8 @@ class Command:
         self.folder = folder
         self.log = folder / "log"
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        # With the fault handler, a process that has to be aborted says where it was.
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *args],
@@ -95,9 +96,15 @@ class Command:
             assert time.time() < end, self.text
             time.sleep(0.05)
 
-    def end(self, seconds=100, grace=15):
+    def end(self, seconds=240, grace=15):
         """The exit code; nobody is left soon after."""
-        code = self.process.wait(seconds)
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            for pid in members(self.process.pid, self.folder):
+                os.kill(pid, signal.SIGABRT)
+            time.sleep(2)
+            pytest.fail(f"still there after {seconds} s:\n{self.text}")
         end = time.time() + grace
         while (left := members(self.process.pid, self.folder)) and time.time() < end:
             time.sleep(0.05)

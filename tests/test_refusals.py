@@ -1,4 +1,4 @@
-"""What LocalLearner refuses or warns of, beside the table in `test_errors.py`."""
+"""What LocalLearner refuses or warns of, beside the table of `test_errors.py`."""
 
 import pytest
 import torch

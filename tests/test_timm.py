@@ -9,8 +9,8 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from composing import CLASSES, Classifier, chain, check_composition
 from settings import Recorder
-from test_any_network import CLASSES, Classifier, chain, check_composition
 from torch.nn import functional
 
 from lightning_local import LocalLearner

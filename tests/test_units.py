@@ -1,48 +1,18 @@
-"""Units as a person would draw them; inputs of a network; where hidden states have channels."""
+"""Units as a person would draw them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import pytest
 import torch
 from settings import cut_network
+from sketches import IMAGE, VECTOR, D, composed, conv, cut, linear, net
 from torch import nn
 from torch.nn import functional
 
+from examples.image_classification import CifarResNet
 from lightning_local import Partition
-from lightning_local.cutting import Cutting
-
-D = 6
-IMAGE, VECTOR, TOKENS = torch.randn(2, 3, 8, 8), torch.randn(4, D), torch.randn(4, 5, D)
-
-
-def net(forward: Callable[..., torch.Tensor], **modules: nn.Module) -> nn.Module:
-    """A network of the user's class with these modules and this forward."""
-    network = type("Net", (nn.Module,), {"forward": forward})()
-    for name, module in modules.items():
-        setattr(network, name, module)
-    return network
-
-
-def linear(outputs: int = D) -> nn.Linear:
-    return nn.Linear(D, outputs)
-
-
-def conv(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
-
-
-def cut(network: nn.Module, *inputs: torch.Tensor, **request) -> Cutting:
-    return cut_network(network, Partition(**request), inputs)
-
-
-def composed(bodies, *inputs: torch.Tensor) -> torch.Tensor:
-    values = inputs
-    for body in bodies:
-        values = body(*values)
-    return values
 
 
 def units(network: nn.Module, x: torch.Tensor, **request) -> list[str]:
@@ -52,9 +22,6 @@ def units(network: nn.Module, x: torch.Tensor, **request) -> list[str]:
     network.eval()
     assert torch.equal(composed(cutting.units, x), network(x))
     return list(cutting.unit_points)
-
-
-# ---------------------------------------------------------------------- units
 
 
 def test_an_mlp_has_a_unit_per_linear_layer():
@@ -201,117 +168,9 @@ def test_a_language_model(mask):
     assert [body.num_carried for body in cutting.bodies] == [0, carried, carried, carried]
 
 
-# ---------------------------------------------------------------------- layouts
-
-
-def test_the_layout_of_each_boundary():
-    network = nn.Sequential(conv(3, D), nn.ReLU(), conv(D, 8), nn.Flatten(), nn.Linear(512, 2))
-    forms = cut(network, IMAGE, split_points=["0", "1", "3"]).boundaries
-    assert [(f.shape, f.channel_dim, f.channels) for f in forms] == [
-        ((D, 8, 8), 1, D),
-        ((D, 8, 8), 1, D),
-        ((512,), 1, 512),
-    ]
-    assert [f.space for f in forms] == [(8, 8), (8, 8), ()]
-
-    def channels_last(self, x):
-        x = self.mlp(self.norm(self.conv(x).permute(0, 2, 3, 1)))
-        return self.fc(self.tokens(x.flatten(1, 2)).mean(1))
-
-    layers = {"conv": conv(3, D), "norm": nn.LayerNorm(D), "mlp": linear(), "tokens": linear()}
-    network = net(channels_last, **layers, fc=linear(2))
-    forms = cut(network, IMAGE, split_points=[*layers]).boundaries
-    assert [f.channel_dim for f in forms] == [3, 3, 2, 1]
-    assert [f.shape for f in forms] == [(8, 8, D), (8, 8, D), (64, D), (D,)]
-
-
-def recurrent() -> nn.Module:
-    """Nothing tells where the hidden state between the two recurrences has its features."""
-    return net(
-        lambda self, x: self.b(self.a(self.second(self.first(x)[0])[0].mean(1))),
-        first=nn.GRU(D, D, batch_first=True),
-        second=nn.GRU(D, D, batch_first=True),
-        a=linear(),
-        b=linear(),
-    )
-
-
-def test_an_ambiguous_layout_is_an_error_where_a_cut_is_made():
-    with pytest.raises(ValueError, match=r"`first` has shape \(4, 5, 6\).*layout='channels_last'"):
-        cut(recurrent(), TOKENS, split_points=["first"])
-    for layout, dim in (("channels_last", 2), ("channels_first", 1)):
-        forms = cut(recurrent(), TOKENS, split_points=["first", "a"], layout=layout).boundaries
-        assert [f.channel_dim for f in forms] == [dim, 1]
-    assert cut(recurrent(), TOKENS, split_points=["a"]).boundaries[0].channels == D
-
-
-class TokenNorm(nn.LayerNorm):
-    """A subclass of the user's, which may do anything."""
-
-
-class MapNorm(nn.BatchNorm2d):
-    """Another one."""
-
-
-@pytest.mark.parametrize(("width", "dim"), [(D, 2), (5, 0)])
-def test_a_subclass_has_its_channels_where_their_number_is(width, dim):
-    """Tokens are (5, D) here, so 5 features could be either dimension."""
-    tokens = torch.randn(4, 5, width)
-    network = nn.Sequential(TokenNorm(width), nn.ReLU(), TokenNorm(width))
-    if dim:
-        assert cut(network, tokens, split_points=["1"]).boundaries[0].channel_dim == dim
-    else:
-        with pytest.raises(ValueError, match="not clear: the layers around it .TokenNorm, TokenN"):
-            cut(network, tokens, split_points=["1"])
-    network = nn.Sequential(MapNorm(3), nn.ReLU(), MapNorm(3))
-    assert cut(network, IMAGE, split_points=["1"]).boundaries[0].channel_dim == 1
-    # 8 channels of 8 x 8: the convolution before tells what the norm does not.
-    network = nn.Sequential(conv(3, 8), MapNorm(8), nn.ReLU(), MapNorm(8), conv(8, 2))
-    assert cut(network, IMAGE, split_points=["2"]).boundaries[0].channel_dim == 1
-
-
-def test_neighbours_that_disagree_about_the_channels():
-    network = nn.Sequential(conv(3, 8), nn.Linear(8, 8), conv(8, 2), nn.Flatten())
-    network.append(nn.Linear(128, 2))
-    with pytest.raises(ValueError, match=r"`0` has shape .*Conv2d, Linear"):
-        cut(network, IMAGE, split_points=["0"])
-
-
-def test_a_hidden_state_without_the_batch_in_front_is_refused():
-    network = net(lambda self, x: self.b(self.a(x).transpose(0, 1)).mean(0), a=linear(), b=linear())
-    with pytest.raises(ValueError, match=r"`a`.*batch"):
-        cut(network, TOKENS, split_points=["a"])
-
-
-# ---------------------------------------------------------------------- inputs
-
-
-FORWARDS = {
-    "none": lambda self, x, mask=None: self.b(self.a(x if mask is None else x * mask)),
-    "keyword only": lambda self, x, *, flip=False: self.b(self.a(-x if flip else x)),
-    "number and name": lambda self, x, scale=2.0, mode="a": self.b(self.a(x * scale)),
-    "structure": lambda self, x, sizes=(2, 3), more=None: self.b(self.a(x * sizes[1])),
-    "any": lambda self, x, *args, **kwargs: self.b(self.a(x)),
-}
-
-
-@pytest.mark.parametrize("name", FORWARDS)
-def test_arguments_that_the_batch_does_not_give(name):
-    network = net(FORWARDS[name], a=linear(), b=linear())
-    assert torch.equal(composed(cut(network, VECTOR).bodies, VECTOR), network(VECTOR))
-
-
-def test_inputs_have_to_fit_the_forward():
-    two = net(lambda self, x, y: self.b(self.a(x * y)), a=linear(), b=linear())
-    optional = net(FORWARDS["none"], a=linear(), b=linear())
-    # A mask for all samples is no batch of one.
-    inputs = VECTOR, torch.rand(1, D)
-    for network in (two, optional):
-        assert torch.equal(composed(cut(network, *inputs).bodies, *inputs), network(*inputs))
-    with pytest.raises((TypeError, ValueError), match="y"):
-        cut(two, VECTOR)
-    with pytest.raises((TypeError, ValueError), match="2 inputs"):
-        cut(net(lambda self, x: self.b(self.a(x)), a=linear(), b=linear()), *inputs)
-    # BatchNorm needs two samples; one is enough as an example.
-    normed = nn.Sequential(linear(), nn.BatchNorm1d(D), linear())
-    assert cut(normed, VECTOR[:1]).split_points == ("1",)
+@pytest.mark.parametrize(("depth", "units"), [(32, 16), (110, 55)])
+def test_units_of_the_papers_resnets(depth, units):
+    cutting = cut_network(CifarResNet(depth), Partition(), [torch.zeros(2, 3, 16, 16)])
+    assert len(cutting.bodies) == units
+    assert cutting.unit_points == cutting.split_points
+    assert cutting.split_points[:3] == ("relu", "layer1.0", "layer1.1")

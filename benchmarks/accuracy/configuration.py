@@ -145,6 +145,8 @@ def name_of(options: Any) -> str:
     parts.append(options.recipe + epochs)
     if options.batch:
         parts.append(f"b{options.batch}")
+    if options.train_size:
+        parts.append(f"n{options.train_size}")
     if options.val_size:
         parts.append(f"val{options.val_size}")
     return "_".join([*parts, f"s{options.seed}"])

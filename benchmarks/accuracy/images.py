@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,11 +75,26 @@ class OnDevice(L.LightningDataModule):
     Args:
         stored: Which images.
         seed: Of order and augmentation.
+        train_size: How many training images are used; 0 for all.
+
+    Raises:
+        ValueError: There are fewer.
     """
 
-    def __init__(self, stored: StoredDataModule, seed: int) -> None:
+    def __init__(self, stored: StoredDataModule, seed: int, train_size: int = 0) -> None:
         super().__init__()
         self.stored, self.seed = stored, seed
+        self._train = stored.parts.train
+        if not 0 <= train_size <= len(self._train):
+            raise ValueError(
+                f"--train-size {train_size}: there are {len(self._train)} training images; "
+                "0 takes all."
+            )
+        if train_size:
+            chosen = stored.shuffled(len(self._train))[:train_size]
+            self._train = copy.copy(self._train)
+            self._train.images = self._train.images[chosen]
+            self._train.labels = self._train.labels[chosen]
 
     def _loader(self, part: ImageDataset, batch_size: int, seed: int | None) -> _Loader:
         assert self.trainer is not None
@@ -87,7 +103,7 @@ class OnDevice(L.LightningDataModule):
 
     def train_dataloader(self) -> _Loader:
         """Shuffled and augmented."""
-        return self._loader(self.stored.parts.train, self.stored.batch_size, self.seed)
+        return self._loader(self._train, self.stored.batch_size, self.seed)
 
     def val_dataloader(self) -> _Loader:
         """In order."""

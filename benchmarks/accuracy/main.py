@@ -43,6 +43,7 @@ def parser_of_a_run() -> argparse.ArgumentParser:
     parser.add_argument(
         "--val-size", type=int, default=0, help="training images held out, to choose by"
     )
+    parser.add_argument("--train-size", type=int, default=0, help="images used; 0 for all")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--device", default="auto", help="cpu, cuda, auto")
     parser.add_argument("--threads", type=int, help="of the CPU")
@@ -75,7 +76,10 @@ def run(options: argparse.Namespace) -> bool:
     learner = make_learner(options)
     facts = {
         key: getattr(options, key)
-        for key in ("dataset", "network", "method", "partition", "recipe", "seed", "val_size")
+        for key in (
+            *("dataset", "network", "method", "partition", "recipe"),
+            *("seed", "val_size", "train_size"),
+        )
     }
     facts["batch"] = options.batch or RECIPES[options.recipe].batch
     facts["precision"], facts["epochs_planned"] = options.precision, options.epochs
@@ -87,7 +91,7 @@ def run(options: argparse.Namespace) -> bool:
         enable_model_summary=False, num_sanity_val_steps=0, callbacks=[summary, record],
     )  # fmt: skip
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    data = OnDevice(make_data(options), options.seed)
+    data = OnDevice(make_data(options), options.seed, options.train_size)
     try:
         trainer.fit(learner, data, ckpt_path=checkpoint if checkpoint.exists() else None)
     except Enough:

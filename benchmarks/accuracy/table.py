@@ -43,8 +43,8 @@ def results(folder: Path = HERE / "results") -> list[dict[str, Any]]:
 
 
 def _group(result: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("dataset", "network", "recipe", "batch", "epochs_planned", "val_size")
-    return tuple(result[name] for name in names)
+    names = ("dataset", "network", "recipe", "batch", "epochs_planned", "precision", "val_size")
+    return (*(result[name] for name in names), result.get("train_size", 0))
 
 
 def _groups(found: Iterable[dict[str, Any]]) -> Iterable[tuple[tuple[Any, ...], list[Any]]]:
@@ -53,9 +53,10 @@ def _groups(found: Iterable[dict[str, Any]]) -> Iterable[tuple[tuple[Any, ...], 
 
 
 def _title(group: tuple[Any, ...]) -> str:
-    dataset, network, recipe, batch, epochs, held_out = group
+    dataset, network, recipe, batch, epochs, precision, held_out, used = group
     where = f"{held_out} training images held out" if held_out else "test images"
-    return f"{dataset}, {network}, recipe {recipe}: {epochs} epochs, batch {batch}, {where}"
+    epochs = f"{epochs} epochs" + (f" of {used} training images" if used else "")
+    return f"{dataset}, {network}, recipe {recipe}: {epochs}, batch {batch}, {precision}, {where}"
 
 
 def _row(result: dict[str, Any], reference: dict[str, Any] | None) -> tuple[str, ...]:
@@ -90,7 +91,7 @@ def rendered(found: list[dict[str, Any]]) -> str:
         lines += [f"**{_title(group)}**", "", "| " + " | ".join(HEAD) + " |"]
         lines += ["| " + " | ".join("---" for _ in HEAD) + " |"]
         lines += ["| " + " | ".join(_row(each, reference)) + " |" for each in members]
-        ran = {f"{r['machine']}, torch {r['versions']['torch']}, {r['precision']}" for r in members}
+        ran = {f"{r['machine']}, torch {r['versions']['torch']}" for r in members}
         dates = sorted(r["date"] for r in members)
         when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
         lines += ["", f"{'; '.join(sorted(ran))}; {when}.", ""]
@@ -100,8 +101,7 @@ def rendered(found: list[dict[str, Any]]) -> str:
 
 
 def _picture(group: tuple[Any, ...]) -> str:
-    dataset, network, recipe, batch, epochs, held_out = group
-    return f"{dataset}_{network}_{recipe}_b{batch}_e{epochs}_val{held_out}.png"
+    return "_".join(str(part) for part in group) + ".png"
 
 
 def _drawn(members: list[dict[str, Any]]) -> list[dict[str, Any]]:

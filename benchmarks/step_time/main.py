@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.report import renew_table, write
+from benchmarks.report import kept, renew_table, write
 from benchmarks.step_time.authors import TheirLoop, check
 from benchmarks.step_time.by_hand import ByHand, EndToEndByHand, parts_of
 from examples.image_classification import CifarResNet, LitClassifier
@@ -46,7 +46,7 @@ METHODS: dict[str, Callable[[], methods.LocalMethod]] = {
 }
 # Seconds of each step, and operations of one.
 Found: TypeAlias = tuple[list[float], "int | str"]
-OPTIONS = ("channels_last", "bf16", "recompute", "compile", "graphs")
+OPTIONS = ("channels_last", "bf16", "channels_last+bf16", "recompute", "compile", "graphs")
 
 
 class _Stored(Dataset[Any]):
@@ -184,14 +184,15 @@ def in_lightning(method: str, option: str, plain: bool, options: argparse.Namesp
         plain: Without a learner.
         options: Of the program.
     """
-    kind = torch.channels_last if option == "channels_last" else torch.contiguous_format
+    chosen = option.split("+")
+    kind = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
     module = _lightning(_network(options).to(memory_format=kind), options)
     model: L.LightningModule = module
     if not plain:
         recompute = "blocks" if option == "recompute" else "none"
         compile = {"compile": True, "graphs": "reduce-overhead"}.get(option, False)
         model = LocalLearner(module, METHODS[method](), recompute=recompute, compile=compile)
-        if option == "channels_last":
+        if "channels_last" in chosen:
             model.build(_batch(options)[0][:2])
             model.to(memory_format=kind)
     clock = _Clock(
@@ -199,7 +200,7 @@ def in_lightning(method: str, option: str, plain: bool, options: argparse.Namesp
     )  # compiled code is counted as what it was made from
     trainer = L.Trainer(
         accelerator="auto", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
-        precision="bf16-mixed" if option == "bf16" else "32-true", enable_progress_bar=False,
+        precision="bf16-mixed" if "bf16" in chosen else "32-true", enable_progress_bar=False,
         enable_model_summary=False, callbacks=[clock], limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(model, DataLoader(_Stored(_batch(options, kind), options.steps), batch_size=None))
@@ -272,6 +273,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="in which all rows take turns")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--authors", type=Path, help="a checkout of the code of AugLocal's paper")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the rows of other networks and batches"
+    )
     parser.add_argument("--table", action="store_true", help="only rewrite the table")
     parser.add_argument("--print", action="store_true", help="print the rows, write nothing")
     options = parser.parse_args()
@@ -280,6 +284,11 @@ def main() -> None:
         return
     if options.authors is not None:
         check(options.authors, options.network)
+    old: dict[str, Any] = {}
+    if options.add:
+        old = kept(
+            HERE, lambda row: row["network"] == options.network and row["batch"] in options.batch
+        )
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -292,7 +301,7 @@ def main() -> None:
         for row in rows:
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
         return
-    write(HERE, rows, threads=options.threads, steps=options.steps, rounds=options.rounds)
+    write(HERE, rows, **old, threads=options.threads, steps=options.steps, rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Mistakes in steps, in what they do with a batch, and in batches."""
+
+import lightning as L
+import torch
+from mistakes import NOW, X, Y, case, fitted, loader_of
+from simple import CLASSES, Lit, Net, data, greedy
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from lightning_local import LocalLearner, methods
+
+# Steps.
+
+
+def stepping(step):
+    class Odd(Lit):
+        training_step = step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    fitted(greedy(Odd()))
+
+
+@case(["another input than the batch's", "on_after_batch_transfer"])
+def an_input_changed_in_the_step():
+    stepping(lambda self, b, batch_idx: functional.cross_entropy(self(b[0] + 1.0), b[1]))
+
+
+class Scaled(Net):
+    def forward(self, x, scale=1.0):
+        return super().forward(x * scale)
+
+
+@case(["with 2 inputs", "gives 1", "LocalLearner(unpack=...)", "leave the loss"])
+def an_input_that_is_not_in_the_batch():
+    class Odd(Lit):
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self.network(batch[0], scale=2.0), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    fitted(greedy(Odd(Scaled())))
+
+
+@case(["called the network twice", "join the views"])
+def two_calls():
+    stepping(lambda self, b, batch_idx: functional.cross_entropy(self(b[0]) + self(b[0]), b[1]))
+
+
+@case(["did not call the network", "call the network once"])
+def no_call():
+    stepping(lambda self, b, batch_idx: self.network.fc.weight.sum())
+
+
+@case(["returned NoneType without a loss", "return the loss"])
+def a_skipped_batch():
+    stepping(lambda self, b, batch_idx: self(b[0]) and None if False else (self(b[0]), None)[1])
+
+
+@case(["a loss of shape (4,)", "return a scalar"])
+def a_loss_that_is_no_scalar():
+    stepping(lambda self, b, batch_idx: self(b[0]).mean(0))
+
+
+@case(["depends on network.stem.weight and 7 more", "teaches the last one alone", "weight_decay"])
+def a_penalty_on_all_weights():
+    def step(self, batch, batch_idx):
+        penalty = sum(p.square().sum() for p in self.parameters())
+        return functional.cross_entropy(self(batch[0]), batch[1]) + 1e-4 * penalty
+
+    stepping(step)
+
+
+# Batches.
+
+
+@case(["The batch is a list of 3", "pass LocalLearner(unpack="])
+def a_batch_of_three():
+    fitted(greedy(Lit()), DataLoader(list(zip(X, Y, Y, strict=True)), 8))
+
+
+@case(["a dict with the keys ['a', 'b']", "Expected are (x, y)"])
+def a_dict_with_other_keys():
+    fitted(greedy(Lit()), DataLoader([{"a": x, "b": y} for x, y in zip(X, Y, strict=True)], 8))
+
+
+@case(["is empty", "at least one batch"])
+def an_empty_loader():
+    L.Trainer(**NOW["quiet"], max_epochs=1).fit(greedy(Lit()), DataLoader([]), data(shuffle=False))
+
+
+@case(["read only once", "set example_input_array"])
+def a_stream_that_is_read_once():
+    fitted(greedy(Lit()), iter([(X[:8], Y[:8])]))
+
+
+@case(["class 9", "4 outputs", "0 to 3", "as many outputs"])
+def a_label_out_of_range():
+    fitted(greedy(Lit()), loader_of(X, Y.masked_fill(Y == 1, 9)))
+
+
+@case(["torch.float32 of shape (8, 2)", "neither class indices", "criterion="])
+def targets_that_are_numbers():
+    fitted(greedy(Lit()), loader_of(X, torch.randn(16, 2)))
+
+
+@case(["indices of shape (8, 1)", "wants (8,)", "one index per prediction"])
+def targets_with_a_dimension_more():
+    fitted(greedy(Lit()), loader_of(X, Y[:, None]))
+
+
+@case(["returned (16, 4)", "reduction='mean'"])
+def a_criterion_without_a_mean():
+    fitted(greedy(Lit(), criterion=lambda output, target: output))
+
+
+@case(["denormalize", "[0, 1]", "mean and the standard deviation"])
+def images_in_another_scale():
+    fitted(LocalLearner(Lit(), methods.InfoPro(denormalize=([0.5], [3.0])), 3))
+
+
+@case(["local module 2 of 4 was NaN", "in batch 1", "lower the learning rate"], FloatingPointError)
+def a_loss_that_is_nan():
+    class Bad(Lit):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 1:
+                self.network.blocks[1].conv.weight.data.fill_(float("nan"))
+
+    fitted(greedy(Bad()), log_every_n_steps=1)
+
+
+@case(["differentiates gradients once more", "replace the layer"])
+def a_layer_without_a_second_derivative():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 9), nn.Linear(9, 9), nn.Hardsigmoid())
+    net.append(nn.Linear(9, CLASSES))
+    fitted(LocalLearner(Lit(net), "SGR", 3))
