@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_local.couplings import Isolated
 from lightning_local.local_module import RECOMPUTE
@@ -56,12 +58,38 @@ def ends_to_end(request: Partition) -> bool:
     return request.num_modules == 1 or request.split_points == ()
 
 
-def check_options(out_features: int | None, optimizer: Any, lr_scheduler: Any) -> None:
-    """Checks what has a range or goes in pairs.
+# What the learner calls, and what to pass; a configuration file's classes arrive as functions.
+_FUNCTIONS = {
+    "criterion": "a loss, (output, target) -> scalar, such as torch.nn.MSELoss() or a function",
+    "unpack": "a function from a batch to (input, target), such as lambda batch: (batch['image'], "
+    "batch['label'])",
+    "optimizer": "a function that makes an optimizer for the parameters of each local module, such "
+    "as lambda parameters: torch.optim.SGD(parameters, lr=0.1)",
+    "lr_scheduler": "a function that makes a scheduler for each local module's optimizer, such as "
+    "lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)",
+}
+
+
+def check_options(
+    out_features: int | None, criterion: Any, unpack: Any, optimizer: Any, lr_scheduler: Any
+) -> None:
+    """Checks what is called, has a range or goes in pairs.
 
     Raises:
+        TypeError: What is to be called can't be, or is a class where its instance is.
         ValueError: `out_features` below 1, or `lr_scheduler` without `optimizer`.
     """
+    given = (criterion, unpack, optimizer, lr_scheduler)
+    for (name, wanted), value in zip(_FUNCTIONS.items(), given, strict=True):
+        if value is not None and not callable(value):
+            found = repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
+            found += ", made already" if isinstance(value, (Optimizer, LRScheduler)) else ""
+            raise TypeError(f"LocalLearner({name}=...) got {found}: pass {wanted}.")
+    if isinstance(criterion, type):
+        raise TypeError(
+            f"LocalLearner(criterion=...) got the class {criterion.__name__}, which output and "
+            f"target would make an instance of: pass an instance, {criterion.__name__}()."
+        )
     if out_features is not None and out_features < 1:
         raise ValueError(f"out_features={out_features}: heads need 1 or more outputs.")
     if lr_scheduler is not None and optimizer is None:

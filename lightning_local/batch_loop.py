@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from lightning_local.couplings import Coupling, Work
 from lightning_local.links import Links
@@ -126,6 +127,8 @@ class BatchLoop(ABC):
                 loss = self.local_loss(module, output, hidden, message)
                 if not module.predicts:
                     output = None
+                for i in module.body.views:  # the step changes the weights before others read them
+                    carried[i] = tree_map_only(torch.Tensor, torch.clone, carried[i])
                 sent = (hidden.detach(), *carried)
         if isinstance(output, torch.Tensor):
             output = output.detach()

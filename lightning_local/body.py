@@ -18,9 +18,11 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_local.tracing import Trace
+from lightning_local.nodes import reads_form
+from lightning_local.reads import same_reads
+from lightning_local.traced import Trace
 
-__all__ = ["Body", "Code", "prediction", "slice_code"]
+__all__ = ["Body", "Code", "crossing", "prediction", "slice_code"]
 
 _numbers = count()
 
@@ -79,7 +81,7 @@ def slice_code(trace: Trace, start: int, stop: int) -> tuple[Code, list[str]]:
     if start < 0:
         inputs = [node for node in trace.nodes if node.op == "placeholder"]
     else:
-        inputs = _crossing(trace, start)
+        inputs = crossing(trace, start)
     for node in inputs:
         env[node] = graph.placeholder(node.name)
 
@@ -99,9 +101,17 @@ def slice_code(trace: Trace, start: int, stop: int) -> tuple[Code, list[str]]:
             used.append(str(node.target))
         env[node] = graph.node_copy(node, lookup)
     if not last:
-        graph.output(tuple(lookup(node) for node in _crossing(trace, stop)))
+        graph.output(tuple(lookup(node) for node in crossing(trace, stop)))
     code = graph.python_code("self")
-    return Code(code.src, dict(code.globals)), list(dict.fromkeys(used))
+    inside = set(trace.nodes[start + 1 : stop + 1])
+    form = {str(n.target) for n in env if n.op == "get_attr" and not _is_read(n, inside)}
+    names = [name for name in dict.fromkeys(used) if name not in form]
+    return Code(code.src, dict(code.globals)), names
+
+
+def _is_read(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether code takes more of a parameter than its form, for which it needn't own it."""
+    return not all(reads_form(user) for user in node.users if user in inside)
 
 
 def prediction(output: Any) -> Any:
@@ -110,7 +120,8 @@ def prediction(output: Any) -> Any:
     return tensors[0] if len(tensors) == 1 else output
 
 
-def _crossing(trace: Trace, i: int) -> list[fx.Node]:
+def crossing(trace: Trace, i: int) -> list[fx.Node]:
+    """What crosses the cut after node `i`: the hidden state, then what rides along."""
     hidden = trace.hidden(i)
     assert hidden is not None
     return [hidden] + [node for node in trace.alive(i) if node is not hidden]
@@ -132,6 +143,8 @@ class Body(nn.Module):
     Attributes:
         in_place: Whether it changes the hidden state it receives in place.
         overwrites: Whether it changes any of the values it takes in place.
+        plain: What glue read of plain attributes in each mode; the first body's is all of it.
+        views: Which of the values that ride on, counted from 0, are views of its parameters.
         num_inputs: Number of values it takes.
         num_carried: Number of values it takes besides the hidden state.
         out_features: Features of the network's output, for the body that makes it.
@@ -160,6 +173,8 @@ class Body(nn.Module):
         self.units = tuple(tuple(unit) for unit in units)
         self.in_place = self.overwrites = False
         self.num_inputs = self.num_carried = 0
+        self.views: tuple[int, ...] = ()
+        self.plain: dict[bool, dict[tuple[str, str], Any]] = {True: {}, False: {}}
         self.out_features: int | None = None
 
     def forward(self, *values: Any) -> Any:
@@ -177,6 +192,15 @@ class Body(nn.Module):
         if not self._one_code:
             self._check_modes(network)
         return self.codes[network.training].function(network, *values)
+
+    def check_reads(self) -> None:
+        """Looks whether plain attributes that glue read are as they were.
+
+        Raises:
+            ValueError: One has changed.
+        """
+        network = self._network[0]
+        same_reads(network, self.plain[network.training])
 
     def original(self, path: str) -> Any:
         """The network's module, parameter or buffer at `path`."""

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_local.arguments import recompute_modes
 from lightning_local.body import prediction
 from lightning_local.cutting import Cutter, Cutting
-from lightning_local.examples import outputs_behind
+from lightning_local.examples import outputs_behind, parts_outside
 from lightning_local.fakes import convert_fakes, faking
 from lightning_local.local_module import LocalModule
 from lightning_local.methods.base import LocalMethod
@@ -45,6 +45,7 @@ class Builder:
 
     Attributes:
         cutter: The traced network.
+        followed: Whether other layers make the prediction from the network's output.
 
     Raises:
         ValueError: The network can't be cut as asked.
@@ -72,6 +73,7 @@ class Builder:
             for v in inputs
         ]
         self.cutter = Cutter(network, request, self.inputs, name)
+        self.followed = False
 
     def points(self, request: Partition | None = None) -> tuple[str, ...]:
         """Split points of a request whose local modules have equal numbers of units."""
@@ -118,6 +120,7 @@ class Builder:
     def _with_heads(self, cutting: Cutting, fakes: FakeTensorMode | None) -> list[LocalModule]:
         """Makes the heads, with the type of the network and where it is."""
         last = LocalModule(cutting.bodies[-1], None, None)
+        last.followed = self.followed
         return [*(self.head_at(cutting, k, fakes) for k in range(len(cutting.bodies) - 1)), last]
 
     def head_at(self, cutting: Cutting, k: int, fakes: FakeTensorMode | None = None) -> LocalModule:
@@ -165,7 +168,7 @@ class Builder:
 
 def builder_of(learner: LocalLearner, inputs: Any, partition: Partition, seed: int) -> Builder:
     """What makes a learner's local modules, for inputs of its network."""
-    return Builder(
+    builder = Builder(
         learner.network,
         partition,
         learner.method,
@@ -175,6 +178,13 @@ def builder_of(learner: LocalLearner, inputs: Any, partition: Partition, seed: i
         out_features=learner.out_features or _outputs(learner, inputs),
         seed=seed,
     )
+    # A part outside may be a classifier, or a teacher or a decoder beside the network, and nothing
+    # but a step of the user's would tell. With as many outputs as the user says there are classes,
+    # the network's own is the prediction.
+    output = prediction(builder.cutter.output)
+    width = output.shape[-1] if isinstance(output, torch.Tensor) and output.ndim else None
+    builder.followed = bool(parts_outside(learner)) and width != learner.out_features
+    return builder
 
 
 def _outputs(learner: LocalLearner, inputs: Any) -> int | None:

@@ -13,7 +13,7 @@ from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_local.early_exit import EarlyExit
-from lightning_local.head_accuracy import HeadAccuracy
+from lightning_local.head_accuracy import HeadAccuracy, warn_of_untrained
 from lightning_local.meter import Meter
 from lightning_local.pictures import draw
 from lightning_local.tables import print_results, print_summary
@@ -42,7 +42,8 @@ class LocalSummary(pl.Callback):
         pictures: Draw.
 
     Attributes:
-        accuracies: Of the heads, in the last validation or test; in [0, 1].
+        accuracies: Of the heads, in the last validation or test; in [0, 1], NaN for a local module
+            that has none. Empty where none has one, as in regression.
         peaks: Bytes, one number per local module.
 
     Example:
@@ -91,10 +92,11 @@ class LocalSummary(pl.Callback):
             return
         for kind, rows in self._curves.items():
             names = [f"local/{k:02d}/{kind}_epoch" for k in range(learner.num_modules)]
-            if len(rows) < trainer.current_epoch and all(
-                name in trainer.callback_metrics for name in names
-            ):
-                rows.append(torch.stack([trainer.callback_metrics[name] for name in names]))
+            # A module that has none leaves a gap.
+            found = [trainer.callback_metrics.get(n, torch.tensor(torch.nan)) for n in names]
+            values = torch.stack(found)
+            if len(rows) < trainer.current_epoch and not values.isnan().all():
+                rows.append(values)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -139,13 +141,12 @@ class LocalSummary(pl.Callback):
         values = learner.head_accuracy.compute(learner.links)
         learner.head_accuracy = None
         if log:
-            self.accuracies = values.tolist()
-            modules = learner.modules_in_order()
+            self.accuracies = [] if values.isnan().all() else values.tolist()
             learner.log_dict(
                 {
                     f"local/{k:02d}/{stage}_accuracy": value.float()
                     for k, value in enumerate(values)
-                    if modules[k].predicts
+                    if not value.isnan()
                 },
                 sync_dist=not learner.links.alone,
             )
@@ -186,7 +187,10 @@ class LocalSummary(pl.Callback):
 
 
 class Restore(pl.Callback):
-    """Takes what a run needs around the user's module off it, however the run ends."""
+    """In every run: takes what it needs around the user's module off it, however the run ends.
+
+    At the start of an evaluation it warns of heads that were never trained, once for all who ask.
+    """
 
     def __init__(self) -> None:
         self._filter: Any = None
@@ -199,6 +203,23 @@ class Restore(pl.Callback):
         """
         warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with")
         self._filter = warnings.filters[0]
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks at the heads."""
+        self._look(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks at the heads."""
+        self._look(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks at the heads."""
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        learner, stage = _learner_or_none(module), trainer.state.fn or "fit"
+        if learner is not None and stage != "fit" and wants_heads(callbacks_of(trainer), stage):
+            warn_of_untrained(learner)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The run ended well."""

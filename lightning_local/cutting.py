@@ -14,15 +14,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_local.body import Body, prediction
-from lightning_local.dryrun import Boundary, boundary, check_composition, on_fakes, run_values
-from lightning_local.nodes import run_nodes
+from lightning_local.composition import check_composition
+from lightning_local.dryrun import Boundary, Values, boundary, run_values
+from lightning_local.nodes import GlueError
 from lightning_local.partition import Partition, check_names
+from lightning_local.questions import Asked
 from lightning_local.slicing import place, slices
-from lightning_local.tracing import REMEDY, trace
+from lightning_local.traced import Trace
+from lightning_local.tracing import REMEDY, TraceError, trace
 from lightning_local.units import find_units, has_hooks, opens_candidates
 
 __all__ = ["Cutter", "Cutting"]
@@ -66,26 +69,40 @@ def _check_hooks(network: nn.Module, opened: Iterable[str]) -> None:
             )
 
 
-def _values_asked(
-    network: nn.Module, inputs: Sequence[Any], nodes: Sequence[fx.Node], training: bool
-) -> list[Any]:
-    """What the last of some nodes returns for the inputs, and for a batch of another size.
+def _followed(
+    network: nn.Module,
+    opens: Callable[[str, nn.Module], bool],
+    inputs: Sequence[Any],
+    given: Mapping[str, Any],
+) -> tuple[Trace, Values]:
+    """A trace whose glue runs, with its values; modules whose glue doesn't are left whole.
 
     Raises:
-        Exception: Fake tensors, which have no numbers, don't tell.
+        TraceError: The network's own doesn't.
+        Exception: A module called there fails, with what it raises.
     """
-
-    def run(host: nn.Module, *arguments: Any) -> Any:
-        values: dict[fx.Node, Any] = {}
-        run_nodes(host, nodes, arguments, values, lambda i: ())
-        return values[nodes[-1]]
-
-    size = inputs[0].shape[:1] if isinstance(inputs[0], torch.Tensor) else None
-    larger = [
-        torch.cat([v, v, v[:1]]) if isinstance(v, torch.Tensor) and v.shape[:1] == size else v
-        for v in inputs
-    ]
-    return [on_fakes(network, run, batch, training, real=False) for batch in (inputs, larger)]
+    failed: dict[str, str] = {}
+    while True:
+        traced = trace(
+            network, lambda p, m: p not in failed and opens(p, m), training=True, **given
+        )
+        try:
+            values = run_values(network, traced, inputs)
+        except GlueError as error:
+            path = traced.scopes[error.node]
+            where = type(network.get_submodule(path)).__name__
+            reason = (
+                f"The forward of {where} can't be followed by torch.fx: it decides by what only a "
+                f"run can tell, such as isinstance or hasattr (`{error.node.name}`: {error}).\n"
+            )
+            if not path and error.node.op == "call_module":
+                raise error.__cause__ or error from None
+            if not path:
+                raise TraceError(f"{reason}{REMEDY}") from error
+            failed[path] = reason
+            continue
+        traced.opaque |= failed
+        return traced, values
 
 
 def _obstacle(network: nn.Module, opaque: Mapping[str, str]) -> str:
@@ -124,11 +141,10 @@ class Cutter:
         self.network, self.name = network, name
         opens = opens_candidates(network, request.leaves, request.granularity)
         given: dict[str, Any] = {"num_inputs": len(inputs)}
-        given["decide"] = partial(_values_asked, network, inputs)
-        coarse = trace(network, opens, training=True, **given)
+        given["decide"] = partial(Asked, network, inputs)
+        coarse, values = _followed(network, opens, inputs, given)
         self.obstacle = _obstacle(network, coarse.opaque)
-        values = run_values(network, coarse, inputs)
-        coarse.forget_constants(values.nodes)
+        coarse.forget_constants(values.nodes, values.weights)
         self.unit_points = tuple(find_units(network, coarse, values))
         points = tuple(request.split_points or ())
         parts = [path.split(".") for path in (*self.unit_points, *points)]
@@ -139,9 +155,9 @@ class Cutter:
             for mode in (True, False)
         }
         self._values = run_values(network, self._traces[True], inputs)
-        if self._traces[True].forget_constants(self._values.nodes):
+        if self._traces[True].forget_constants(self._values.nodes, self._values.weights):
             evaluated = run_values(network, self._traces[False], inputs, training=False)
-            self._traces[False].forget_constants(evaluated.nodes)
+            self._traces[False].forget_constants(evaluated.nodes, evaluated.weights)
         self._layout = request.layout
         self._unit_places = [self._place(p) for p in self.unit_points]
         places = [self._place(p) for p in points]

@@ -11,30 +11,50 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
-from torch.fx.proxy import TraceError
 
 __all__ = ["KINDS", "Decide", "Decisions", "Undecided", "failing_line", "same_as_traced"]
 
+
+def _length(value: Any) -> int:
+    """What a proxy's items are taken by; a dict or a set has none by number."""
+    if not isinstance(value, (Sequence, torch.Tensor)):
+        raise TypeError(f"a {type(value).__name__} is read item by item")
+    return len(value)
+
+
 # Not bool(): the compiler keeps that symbolic, and torch 2.8 then can't compare it.
-KINDS: dict[str, Callable[[Any], int]] = {"truth": lambda v: 1 if v else 0, "length": len}
-# From the nodes so far, the last of which is asked about, and the mode, to its values in batches of
-# different sizes; fails where numbers decide.
-Decide = Callable[[Sequence[fx.Node], bool], Sequence[Any]]
+KINDS: dict[str, Callable[[Any], int]] = {
+    "truth": lambda v: 1 if v else 0,
+    "length": _length,
+    "none": lambda v: 1 if v is None else 0,
+}
+# From the nodes so far, the last of which is asked about, to the answer for it; whether that has to
+# hold for other forms of the example too; fails where numbers decide, or the size of the batch.
+Decide = Callable[[Sequence[fx.Node], Callable[[Any], int], bool], int]
 
 
-class Undecided(TraceError):
-    """A question without an answer yet; ends the trace, which starts again once it has one."""
+class Undecided(BaseException):
+    """A question without an answer yet; ends the trace, which starts again once it has one.
+
+    Glue that catches any Exception doesn't catch it.
+    """
 
     def __init__(self, node: fx.Node, kind: str) -> None:
-        super().__init__("symbolically traced variables cannot be used as inputs to control flow")
+        super().__init__("numbers in a tensor, or the size of the batch, decide what it does")
         self.node, self.kind = node, kind
 
 
 class Decisions:
-    """The answers to what one network's glue asks, in the order of its questions."""
+    """The answers to what one network's glue asks, in the order of its questions.
 
-    def __init__(self) -> None:
+    Args:
+        decide: Finds them.
+    """
+
+    def __init__(self, decide: Decide) -> None:
+        self._decide = decide
         self._answers: list[int] = []
         self._asked = 0
 
@@ -52,23 +72,29 @@ class Decisions:
             raise Undecided(proxy.node, kind)
         answer = self._answers[self._asked]
         self._asked += 1
-        line = failing_line(traceback.extract_stack())
-        proxy.tracer.create_proxy("call_function", same_as_traced, (proxy, kind, answer, line), {})
+        # Ours, in `tracing.py`: it knows in whose forward the question stands.
+        tracer: Any = proxy.tracer
+        where = (failing_line(traceback.extract_stack()), tracer.stack[-1])
+        tracer.create_proxy("call_function", same_as_traced, (proxy, kind, answer, *where), {})
         return answer
 
-    def settle(self, question: Undecided, decide: Decide, training: bool) -> None:
+    def settle(self, question: Undecided, *, inside: bool) -> None:
         """Finds the answer to the next question.
+
+        Args:
+            question: Ended the trace.
+            inside: It stands in a module that may be left whole, where the code may decide as it
+                likes: the answer has to be the same for other forms too.
 
         Raises:
             Exception: There is none: numbers in a tensor decide, or the size of the batch does.
         """
         nodes = list(question.node.graph.nodes)
-        values = decide(nodes[: nodes.index(question.node) + 1], training)
-        (answer,) = {KINDS[question.kind](value) for value in values}
-        self._answers.append(answer)
+        nodes = nodes[: nodes.index(question.node) + 1]
+        self._answers.append(self._decide(nodes, KINDS[question.kind], inside))
 
 
-def same_as_traced(value: Any, kind: str, answer: int, line: str) -> None:
+def same_as_traced(value: Any, kind: str, answer: int, line: str, path: str) -> None:
     """Stands in generated code where a decision was taken.
 
     Raises:
@@ -76,12 +102,14 @@ def same_as_traced(value: Any, kind: str, answer: int, line: str) -> None:
     """
     found = KINDS[kind](value)
     if found != answer:
-        now, then = (bool(x) if kind == "truth" else x for x in (found, answer))
+        now, then = (x if kind == "length" else bool(x) for x in (found, answer))
+        asked = f"whether it is None: {now}" if kind == "none" else str(now)
+        whole = f", or keep `{path}` whole with Partition(leaves=[{path!r}])" if path else ""
         raise ValueError(
             f"The network decides on the form of its input, and takes another way for this batch "
-            f"than for the example it was cut with ({now} instead of {then}) at\n    {line}\n"
-            "Give it batches of one form (drop_last=True, if it is the last one of an epoch), or "
-            "move the code on that line into a submodule of its own."
+            f"than for the example it was cut with ({asked} instead of {then}) at\n    {line}\n"
+            "Give it batches of one form and precision (drop_last=True, if it is the last one of "
+            f"an epoch), or move the code on that line into a submodule of its own{whole}."
         )
 
 

@@ -1,30 +1,21 @@
-"""The dry run: what every value of a traced network looks like, found on fake copies.
-
-Nothing real is computed and nothing of the network changes: a forward on the real network in train
-mode would move BatchNorm's running statistics.
-"""
+"""The dry run: what every value of a traced network looks like, found on fake copies."""
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_local.fake_run import on_fakes
 from lightning_local.nodes import run_nodes
-from lightning_local.preserving import attributes_kept, training_mode
-from lightning_local.tracing import Trace
+from lightning_local.traced import Trace, storages
 
-__all__ = ["Boundary", "Values", "boundary", "check_composition", "on_fakes", "run_values"]
+__all__ = ["Boundary", "Values", "boundary", "run_values"]
 
-_logger = logging.getLogger(__name__)
 _CHANNEL_FIRST = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._BatchNorm,
@@ -70,77 +61,17 @@ class _Event:
 
 @dataclass(frozen=True)
 class Values:
-    """What a dry run saw: each node's value, and the calls of plain layers with their shapes."""
+    """What a dry run saw.
+
+    Attributes:
+        nodes: Each node's value.
+        events: The calls of plain layers with their shapes.
+        weights: The memory of the parameters.
+    """
 
     nodes: dict[fx.Node, Any]
     events: list[_Event]
-
-
-class _Host(nn.Module):
-    """Lets `functional_call` put fake tensors into the network while other code drives it."""
-
-    def __init__(self, network: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.network = network
-        self.function = function
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(self.network, *inputs)
-
-
-def on_fakes(
-    network: nn.Module,
-    function: Callable[..., Any],
-    inputs: Sequence[Any],
-    training: bool = True,
-    mode: FakeTensorMode | None = None,
-    real: bool = True,
-) -> Any:
-    """Calls `function(network, *inputs)` with fake copies of all tensors.
-
-    A network that fakes can't run (its modules read values) runs for real on a deep copy, unless
-    `real` is false.
-
-    Args:
-        network: The network; it is not changed.
-        function: What to run; must reach the network only through its first argument.
-        inputs: Real inputs; a batch of one sample is doubled, as BatchNorm needs two.
-        training: The mode to run in.
-        mode: Of the fakes, if some exist already.
-        real: Whether to fall back to the copy.
-    """
-    if isinstance(inputs[0], torch.Tensor) and inputs[0].shape[:1] == (1,):
-        inputs = [_two_samples(value) for value in inputs]
-    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with (
-            attributes_kept(network),
-            mode,
-            training_mode(network, training),
-            torch.random.fork_rng(devices=[]),
-        ):
-            host = _Host(network, function)
-            tensors = {**dict(host.named_parameters()), **dict(host.named_buffers())}
-            fakes: dict[str, torch.Tensor] = {
-                name: mode.from_tensor(tensor) for name, tensor in tensors.items()
-            }
-            arguments = tuple(
-                mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs
-            )
-            return torch.func.functional_call(host, fakes, arguments)
-    except Exception as error:  # whatever fakes can't run may still run
-        if not real:
-            raise
-        _logger.info("dry run on a real copy, since fake tensors gave: %s", error)
-        copied = copy.deepcopy(network)
-        with training_mode(copied, training), torch.random.fork_rng():
-            return function(copied, *inputs)
-
-
-def _two_samples(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == 1:
-        return torch.cat([value, value])
-    return value
+    weights: set[int]
 
 
 def run_values(
@@ -152,6 +83,7 @@ def run_values(
     """
     values: dict[fx.Node, Any] = {}
     events: list[_Event] = []
+    weights: set[int] = set()
     position = 0
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -166,6 +98,8 @@ def run_values(
 
     def run(host: nn.Module, *arguments: Any) -> None:
         events.clear()
+        weights.clear()
+        weights.update(storages(list(host.parameters())))
         for parameter in host.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with torch.enable_grad():
@@ -176,7 +110,7 @@ def run_values(
         on_fakes(network, run, inputs, training)
     finally:
         handle.remove()
-    return Values(values, events)
+    return Values(values, events, weights)
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -245,51 +179,3 @@ def boundary(trace: Trace, values: Values, i: int, name: str, layout: str = "aut
             "Partition(layout='channels_first') or Partition(layout='channels_last')."
         )
     return Boundary(shape[1:], dims.pop())
-
-
-# torch leaves TorchDispatchMode untyped, hence the two ignores.
-class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operations: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not str(func).startswith("profiler."):  # marks of a profiler on containers
-            self.operations.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def check_composition(network: nn.Module, bodies: Any, inputs: Sequence[Any]) -> None:
-    """The chained bodies have to run the same operations as the network.
-
-    Raises:
-        ValueError: They don't.
-    """
-
-    def whole(host: nn.Module, *values: Any) -> list[str]:
-        log = _Log()
-        with log:
-            host(*values)
-        return log.operations
-
-    def chained(host: nn.Module, *values: Any) -> list[str]:
-        log = _Log()
-        with log:
-            for body in bodies:
-                values = body.codes[host.training].function(host, *values)
-        return log.operations
-
-    one_code = all(body.codes[True].source == body.codes[False].source for body in bodies)
-    for training in (True,) if one_code else (True, False):
-        expected = on_fakes(network, whole, inputs, training)
-        found = on_fakes(network, chained, inputs, training)
-        if expected != found:
-            pairs = zip(expected, found, strict=False)
-            parting = next(((a, b) for a, b in pairs if a != b), ("one more", "one more"))
-            raise ValueError(
-                f"Traced, {type(network).__name__} runs other operations than by itself "
-                f"({parting[1]} instead of {parting[0]}): its forward asks for types or other "
-                "things that tracing can't follow. Move that code into a submodule of its own."
-            )

@@ -31,7 +31,7 @@ def evaluate(learner: LocalLearner, step: Callable[..., Any], args: tuple[Any, .
         What the step returned on the last stage, None on others.
 
     Raises:
-        ValueError: The step calls the network more than once.
+        ValueError: The step does not call the network exactly once.
     """
     links, modules = learner.links, learner.modules_in_order()
     counts = learner.head_accuracy
@@ -53,10 +53,12 @@ def evaluate(learner: LocalLearner, step: Callable[..., Any], args: tuple[Any, .
             def output(module: Any = module, values: tuple[Any, ...] = values) -> Any:
                 return module(*values)
 
-            network = Substitute(learner.network, output, None)
+            network = Substitute(
+                learner.network, output, None, step=getattr(step, "__name__", "step")
+            )
             with network.active():
                 result = step(*args)
-            if counts is not None:
+            if counts is not None and module.predicts:
                 counts.update(k, network.output, message.target)
             return result
         out = module(*values) if values else ()

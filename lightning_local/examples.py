@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_local.dryrun import on_fakes
+from lightning_local.fake_run import on_fakes
 from lightning_local.preserving import training_mode
 from lightning_local.substitute import in_order, inputs_of_call, replaced
 from lightning_local.wrapping import as_inputs
@@ -28,7 +28,14 @@ from lightning_local.wrapping import as_inputs
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["batch_size", "example_inputs", "let_go", "outputs_behind", "samples_of"]
+__all__ = [
+    "batch_size",
+    "example_inputs",
+    "let_go",
+    "outputs_behind",
+    "parts_outside",
+    "samples_of",
+]
 
 _logger = logging.getLogger(__name__)
 _SET_ONE = "set example_input_array in the wrapped module"
@@ -74,6 +81,16 @@ def _size_of(loader: Any) -> int | None:
     return None
 
 
+def parts_outside(learner: LocalLearner) -> list[str]:
+    """Names of the parts of the user's module that have parameters the network has not."""
+    inside = {id(p) for p in learner.network.parameters()}
+    return [
+        path
+        for path, child in learner.module.named_children()
+        if any(id(p) not in inside for p in child.parameters())
+    ]
+
+
 def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None:
     """The number of outputs of the user's forward, where layers follow the network that is cut.
 
@@ -88,14 +105,8 @@ def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None
     Raises:
         ValueError: Something follows, and the module's forward does not tell what comes out.
     """
-    module, network = learner.module, learner.network
-    inside = {id(p) for p in network.parameters()}
-    others = [
-        path
-        for path, child in module.named_children()
-        if any(id(p) not in inside for p in child.parameters())
-    ]
-    if network is module or not others or not learner.default_criterion:
+    module, network, others = learner.module, learner.network, parts_outside(learner)
+    if not others or not learner.default_criterion:
         return None
     shapes = on_fakes(network, lambda host, *values: host(*values), inputs, False)
     zeros = tree_map_only(

@@ -105,7 +105,8 @@ class Exits:
     ) -> None:
         self._modules, self._threshold, self._confidence = modules, threshold, confidence
         self._classes = classes
-        exits = [k for k, module in enumerate(modules) if module.predicts]
+        last = len(modules) - 1
+        exits = [k for k, module in enumerate(modules) if module.predicts or k == last]
         self.record = ExitRecord(exits) if record else None
         self.counts = [0] * len(modules)
         self.target: Any = None

@@ -14,8 +14,8 @@ __all__ = ["factories_recorded"]
 
 # Called during tracing these would run once and be frozen; as graph nodes they run in every step.
 _FACTORY_NAMES = (
-    "arange bernoulli empty eye full linspace logspace normal ones rand randint randn randperm "
-    "tensor tril_indices triu_indices zeros"
+    "arange as_tensor asarray bernoulli empty eye full linspace logspace normal ones rand randint "
+    "randn randperm scalar_tensor tensor tril_indices triu_indices zeros"
 )
 # They look into their argument, which may be a proxy: masks add `torch.finfo(x.dtype).min`.
 _INFO_NAMES = ("finfo", "iinfo")

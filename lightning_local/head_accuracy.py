@@ -1,10 +1,11 @@
-"""Accuracy of every head in validation and test."""
+"""Accuracy of every head in validation and test, and a warning where none was trained."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_local.links import Links
 from lightning_local.metrics import countable, hits
@@ -13,7 +14,7 @@ from lightning_local.wrapping import as_inputs
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["AfterHeads", "HeadAccuracy"]
+__all__ = ["AfterHeads", "HeadAccuracy", "warn_of_untrained"]
 
 
 class HeadAccuracy:
@@ -37,6 +38,19 @@ class HeadAccuracy:
         """Accuracies `(K,)` in [0, 1], of all stages; NaN where nothing could be counted."""
         counts = links.add_up(self._counts.cpu())
         return counts[0].double() / counts[1]
+
+
+def warn_of_untrained(learner: LocalLearner) -> None:
+    """Says so where heads that are asked for have learnt nothing: their numbers are chance."""
+    heads = [m for m in learner.modules_in_order() if m.head is not None and m.predicts]
+    fresh = [m for m in heads if not m.trained and any(True for _ in m.parameters())]
+    if fresh:
+        rank_zero_warn(
+            f"{len(fresh)} of the {len(heads)} heads have not been trained, neither by a fit of "
+            "this LocalLearner nor in a checkpoint (one of the plain module has no heads), so "
+            "their accuracies and early exits say nothing: call trainer.fit first, or pass "
+            "ckpt_path=... of a checkpoint that was written in a fit of the LocalLearner."
+        )
 
 
 class AfterHeads:

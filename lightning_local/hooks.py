@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_local.evaluation import AtLastStage, BatchStart
+from lightning_local.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
@@ -135,7 +136,7 @@ def check_module(module: Any) -> None:
     """Refuses what can't be wrapped.
 
     Raises:
-        TypeError: Not a `lightning.pytorch.LightningModule`.
+        TypeError: Not a `lightning.pytorch.LightningModule`, or a learner.
         ValueError: It optimizes by hand, or overrides a hook that local learning replaces.
     """
     if not isinstance(module, pl.LightningModule):
@@ -150,6 +151,12 @@ def check_module(module: Any) -> None:
             f"LocalLearner(module=...) got a {type(module).__name__}: pass a "
             "lightning.pytorch.LightningModule, whose training_step, optimizers and metrics are "
             "used as they are."
+        )
+    if isinstance(module, Wrapper):
+        raise TypeError(
+            f"LocalLearner(module=...) got a {type(module).__name__}, which is a learner already: "
+            "use it as it is, or pass the module inside, learner.module, to wrap that in another "
+            "way."
         )
     if not module.automatic_optimization:
         raise ValueError(

@@ -32,7 +32,7 @@ from lightning_local.partition import Partition, check_names
 from lightning_local.publisher import share_metrics
 from lightning_local.randomness import Streams
 from lightning_local.wrapper import Wrapper
-from lightning_local.wrapping import default_unpack, find_network
+from lightning_local.wrapping import Unpack, default_unpack, find_network
 
 __all__ = ["LocalLearner"]
 
@@ -93,7 +93,7 @@ class LocalLearner(Wrapper):
         hooks.check_module(module)
         super().__init__(module)
         self.method, self.partition = arguments.method_and_partition(method, partition)
-        arguments.check_options(out_features, optimizer, lr_scheduler)
+        arguments.check_options(out_features, criterion, unpack, optimizer, lr_scheduler)
         self.recompute = arguments.check_recompute(recompute)
         self.automatic_optimization = False
         end_to_end = arguments.ends_to_end(self.partition)
@@ -108,7 +108,7 @@ class LocalLearner(Wrapper):
         # In a tuple, so that it is no submodule: each local module has a copy of its own.
         self._criterion = (criterion or nn.CrossEntropyLoss(),)
         self.default_criterion = criterion is None
-        self.unpack = unpack or default_unpack
+        self.unpack = Unpack(unpack) if unpack is not None else default_unpack
         self.out_features = out_features
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
@@ -133,7 +133,7 @@ class LocalLearner(Wrapper):
 
     def _find_network(self) -> None:
         """Checks the arguments that name parts of the user's module, once these are there."""
-        name = find_network(self.module, self._network_given)
+        name = find_network(self.module, self._network_given, traced=not self.whole)
         if not arguments.ends_to_end(self.partition):
             network = self.module if name == "." else self.module.get_submodule(name)
             check_names(network, self.partition, name)

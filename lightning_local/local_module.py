@@ -36,6 +36,9 @@ class LocalModule(nn.Module):
             so that those of body and head are never alive together; `"blocks"`, each unit of the
             body and each unit that the head imitates by itself.
         keeps: Nothing is computed twice now: gradients are differentiated again, and need it all.
+        followed: Whether layers outside of the network make the prediction from the last local
+            module's output.
+        trained: Whether the head has seen a batch of a fit, or was loaded.
         pieces: The body's units as bodies of their own, for `"blocks"`; else empty.
     """
 
@@ -50,16 +53,29 @@ class LocalModule(nn.Module):
         self.predict_flops = 0
         self.recompute = "none"
         self.keeps = False
+        self.followed = False
+        self.trained = False
         self.pieces: tuple[Body, ...] = ()
 
     def forward(self, *values: Any) -> Any:
         """Runs the body: see `Body.forward`."""
+        self.body.check_reads()
         if not self._recomputes:
             return self.body(*values)
         result: Any = values
         for piece in self.pieces or (self.body,):
             result = recomputed(piece, piece.holders(), result, piece.overwrites)
         return result
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's, with a look at whether a head comes from elsewhere.
+
+        With a file that has no heads the learner's own tensors are loaded once more.
+        """
+        for name, own in self.state_dict().items():
+            given = state_dict.get(prefix + name)
+            self.trained |= isinstance(given, torch.Tensor) and not given.is_set_to(own)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def _recomputes(self) -> bool:
@@ -68,7 +84,7 @@ class LocalModule(nn.Module):
     @property
     def predicts(self) -> bool:
         """Whether the head, or the network's own output, is trained to predict."""
-        return self.objective is None or self.objective.predicts
+        return not self.followed if self.objective is None else self.objective.predicts
 
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's output for a hidden state: logits `(N, C)`, or `(N, T, V)` per token.

@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_local.batch_loop import BatchLoop
 from lightning_local.compiling import Compiled
 from lightning_local.couplings import Work
+from lightning_local.fake_run import check_real
 from lightning_local.first_batch import check_graph, check_reach, first_loss
 from lightning_local.local_module import LocalModule
 from lightning_local.message import Message
@@ -128,7 +129,10 @@ class TrainingLoop(BatchLoop):
             self.links.hide(inputs)
             self.links.send(0, Message(inputs, target, batch, batch_idx, given))
         self.run_modules()
-        self._first = False
+        if self._first:
+            self._first = False
+            for module in self.modules:
+                module.trained = True
         self.stepping.end()
         self.metrics.close_step(learner.batches)
         learner.batches += 1
@@ -152,8 +156,10 @@ class TrainingLoop(BatchLoop):
         return outside_precision(self.device, self._dtype)
 
     def forward(self, k: int, message: Message) -> tuple[Work, tuple[Any, ...], Any]:
-        """As always, with a look at the first graph that is differentiated twice."""
+        """As always, with a look at what a first batch tells."""
         work, sent, output = super().forward(k, message)
+        if self._first:
+            check_real(k, work.hidden, work.loss)
         if self._first and work.input is not None and work.loss is not None:
             check_graph(work.loss)
         return work, sent, output
@@ -163,7 +169,8 @@ class TrainingLoop(BatchLoop):
     ) -> torch.Tensor:
         """The local loss, in the first batch looked at from all sides."""
         if self._first:
-            return first_loss(module, output, hidden, message, self.learner.default_criterion)
+            k, default = self.modules.index(module), self.learner.default_criterion
+            return first_loss(k, module, output, hidden, message, default)
         return super().local_loss(module, output, hidden, message)
 
     def last_loss(
@@ -189,7 +196,7 @@ class TrainingLoop(BatchLoop):
         if loss is not None and (self._first or message.batch_idx == 0):
             check_reach(loss, self.learner.module, self.learner.parameters_per_module()[0][-1])
         self.metrics.note_changed(network.changed)
-        return loss, network.output
+        return loss, network.output if self.modules[-1].predicts else None
 
     @contextmanager
     def _recomputing(self) -> Iterator[list[int] | None]:

@@ -7,13 +7,16 @@ may change the one that it gets as long as nobody looks at what it replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["is_constant", "reads_form", "run_nodes"]
+from lightning_local.decisions import same_as_traced
+
+__all__ = ["GlueError", "is_constant", "reads_form", "run_nodes"]
 
 # They take the form of their argument, not its values.
 _FORM_METHODS = {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
@@ -25,6 +28,19 @@ _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "get_device", "element_si
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"}
 # What holds no tensor.
 _PLAIN = (int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+class GlueError(Exception):
+    """A node fails: glue was traced as if it got something else, or a module of the user's fails.
+
+    Args:
+        node: It.
+        text: How.
+    """
+
+    def __init__(self, node: fx.Node, text: str) -> None:
+        super().__init__(text)
+        self.node = node
 
 
 def run_nodes(
@@ -47,6 +63,7 @@ def run_nodes(
 
     Raises:
         ValueError: A module changes a list that is read again.
+        GlueError: A node fails.
     """
     remaining = iter(inputs)
     for i, node in enumerate(nodes):
@@ -58,15 +75,30 @@ def run_nodes(
             path, _, name = str(node.target).rpartition(".")
             values[node] = getattr(host.get_submodule(path), name)
         elif node.op == "call_module":
-            values[node] = host.get_submodule(str(node.target))(*args, **kwargs)
+            values[node] = _called(node, host.get_submodule(str(node.target)), args, kwargs)
             _check_lists(node, (args, kwargs), values, alive(i))
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        elif node.op == "call_function":
-            assert callable(node.target)
-            values[node] = node.target(*args, **kwargs)
-        else:
+        elif node.op == "output":
             values[node] = args[0]
+        elif node.target is same_as_traced:
+            values[node] = None  # the form may be another one here
+        else:
+            values[node] = _glue(node, args, kwargs)
+
+
+def _glue(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    target: Any = node.target
+    if node.op == "call_method":
+        args, target = args[1:], getattr(args[0], str(node.target), None)
+        if target is None:
+            raise GlueError(node, f"there is no {node.target}")
+    return _called(node, target, args, kwargs)
+
+
+def _called(node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        return target(*args, **kwargs)
+    except Exception as error:
+        raise GlueError(node, f"{type(error).__name__}: {error}") from error
 
 
 def _filled(arguments: Any, values: Mapping[fx.Node, Any]) -> Any:
@@ -97,9 +129,13 @@ def _check_lists(
         alive: Nodes that are read behind the call.
 
     Raises:
-        ValueError: It took something out of a list or dict that is read again.
+        ValueError: It took something out of a list or dict that is read again, or changed one that
+            glue passes to others too.
     """
-    if any(taken in alive for taken in _taken((node.args, node.kwargs), given, values)):
+    arguments = (node.args, node.kwargs)
+    if any(taken in alive for taken in _taken(arguments, given, values)) or (
+        node.meta.get("shares") and _changed(arguments, given, values)
+    ):
         raise ValueError(
             f"`{node.target}` changes a list that it is given, and what it replaced in it is read "
             "again behind it, which a body can't follow: give it a copy, list(...)."
@@ -118,6 +154,21 @@ def _taken(arguments: Any, given: Any, values: Mapping[fx.Node, Any]) -> list[fx
     else:
         return []
     return [node for argument, item in pairs for node in _taken(argument, item, values)]
+
+
+def _changed(arguments: Any, given: Any, values: Mapping[fx.Node, Any]) -> bool:
+    """Whether a list or dict in `given` holds something else than `arguments` says."""
+    if isinstance(arguments, fx.Node):
+        return given is not values[arguments]
+    if isinstance(arguments, dict):
+        return arguments.keys() != given.keys() or any(
+            _changed(argument, given[key], values) for key, argument in arguments.items()
+        )
+    if isinstance(arguments, (list, tuple)):
+        return len(arguments) != len(given) or any(
+            map(partial(_changed, values=values), arguments, given)
+        )
+    return bool(isinstance(arguments, (bool, int, float, str)) and arguments != given)
 
 
 def reads_form(node: fx.Node) -> bool:

@@ -136,6 +136,12 @@ def check_names(network: nn.Module, request: Partition, name: str) -> None:
     for path in (*(request.split_points or ()), *request.leaves):
         if path not in known:
             kind = "Leaf" if path in request.leaves else "Split point"
+            inner = path.removeprefix("module.").removeprefix(f"{name}.")
+            if inner in known:
+                raise ValueError(
+                    f"{kind} `{path}` is no submodule of the network, `{name}` "
+                    f"({type(network).__name__}), and names are relative to that: pass {inner!r}."
+                )
             raise _unknown(network, path, kind)
     for point in request.split_points or ():
         for leaf in request.leaves:

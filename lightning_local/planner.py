@@ -205,7 +205,8 @@ class _Planner:
             low = high
         else:
             least = min(parts[1:], key=self._peak, default=1)
-            return self._recomputing(self._points(least) if least > 1 else (), limit)
+            closest = [self._recomputing(self._points(each), limit) for each in (1, least)]
+            return min(closest, key=lambda choice: choice.peak)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._peak(middle) <= limit else (middle, high)
@@ -223,26 +224,33 @@ class _Planner:
         return replace(choice, stages=self._stage_peaks(choice))
 
     def _recomputing(self, points: tuple[str, ...], limit: int, per_stage: bool = False) -> Choice:
-        """Recomputes in the local modules that are over the limit, as much as it takes."""
-        recompute: dict[int, str] = {}
+        """Recomputes in the local modules that are over the limit, where that takes less memory.
+
+        The peak of a local module of one small unit may rise with it.
+        """
+
+        def peaks(choice: Choice) -> tuple[int, ...]:
+            if per_stage:
+                return self._stage_peaks(choice)
+            return tuple(part.needs.peak for part in choice.modules) or (choice.peak,)
+
+        predicted = [self._chosen(points, "")]
         for mode in ("body", "blocks"):
-            if not points:
-                break
-            choice = self._chosen(points, "", recompute)
-            peaks = self._stage_peaks(choice) if per_stage else None
-            parts = self._rehearsed(points, recompute)[1].modules
-            over = [k for k, part in enumerate(parts) if (peaks[k] if peaks else part.peak) > limit]
-            if not over:
-                break
-            recompute = {**recompute, **dict.fromkeys(over, mode)}
-        choice = self._chosen(points, "", dict(sorted(recompute.items())))
-        highest = max(self._stage_peaks(choice)) if per_stage else choice.peak
-        fits = highest <= limit
-        words = "recomputing in those that would exceed it"
-        reason = f"Recommended: within the budget, {words}"
+            recompute, now = predicted[-1].recompute, peaks(predicted[-1])
+            over = [k for k, peak in enumerate(now) if peak > limit]
+            tried = peaks(self._chosen(points, "", {**recompute, **dict.fromkeys(over, mode)}))
+            lower = [k for k in over if tried[k] < now[k]]
+            if lower:
+                recompute = {**recompute, **dict.fromkeys(lower, mode)}
+                predicted.append(self._chosen(points, "", dict(sorted(recompute.items()))))
+        choice = min(predicted, key=lambda each: max(peaks(each)))
+        fits = max(peaks(choice)) <= limit
+        closest = "this partition" if points else "end to end"
+        closest += ", recomputing where that lowers the peak," if choice.recompute else ""
+        reason = "Recommended: within the budget, recomputing in those that would exceed it"
         if not fits:
             reason = (
-                f"Nothing fits: this partition, {words}, comes closest. Lower the batch size "
+                f"Nothing fits with this method: {closest} comes closest. Lower the batch size "
                 "(and accumulate gradients), the precision, or the method's heads"
             )
         return replace(choice, fits=fits, reason=reason)

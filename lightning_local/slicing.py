@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
-from lightning_local.body import Body, slice_code
-from lightning_local.tracing import Trace
+from lightning_local.body import Body, crossing, slice_code
+from lightning_local.traced import Trace
 from lightning_local.units import cut_places
 
 __all__ = ["place", "slices"]
@@ -135,6 +135,9 @@ def slices(
         inputs = sum(node.op == "placeholder" for node in traces[True].nodes)
         body.num_inputs = len(traces[True].alive(start)) if start >= 0 else inputs
         body.num_carried = len(traces[True].alive(start)) - 1 if start >= 0 else 0
+        body.views = _views(traces[True], start, stop)
+        if start < 0:
+            body.plain = {mode: t.plain for mode, t in traces.items()}
         bodies.append(body)
     return tuple(bodies)
 
@@ -148,6 +151,14 @@ def _modal_scopes(traces: dict[bool, Trace], ends: dict[bool, list[int]]) -> lis
             form = f"{node.op} {node.target} {node.args} {node.kwargs}"
             glue[mode].setdefault(traced.scopes[node], []).append(form)
     return [s for s in {**glue[True], **glue[False]} if glue[True].get(s) != glue[False].get(s)]
+
+
+def _views(traced: Trace, start: int, stop: int) -> tuple[int, ...]:
+    """Which of the values that ride on from a slice are views of its parameters."""
+    if stop == len(traced.nodes) - 1:
+        return ()
+    made = set(traced.nodes[start + 1 : stop + 1])
+    return tuple(i for i, n in enumerate(crossing(traced, stop)[1:]) if n in traced.views & made)
 
 
 def _pairs(ends: Sequence[int]) -> list[tuple[int, int]]:

@@ -233,8 +233,9 @@ def _check_tensors(learner: LocalLearner, state: Mapping[str, Any]) -> None:
     if wrong:
         raise ValueError(
             f"This checkpoint is of another network than this {type(learner.module).__name__}: it "
-            f"{wrong}. Build the module as it was trained, or load what fits into the plain module "
-            "with load_from_checkpoint(..., strict=False) and wrap that."
+            f"{wrong}. Build the module as it was when the file was written. Or wrap one with what "
+            "fits: own = module.state_dict(); module.load_state_dict({k: v for k, v in torch.load("
+            "path)['state_dict'].items() if k in own and v.shape == own[k].shape}, strict=False)."
         )
 
 

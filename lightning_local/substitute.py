@@ -53,6 +53,7 @@ class Substitute:
         expected: What the step has to pass; None is not looked at.
         read_values: Whether values may be read to compare them, which the host has to wait for;
             otherwise `changed` tells, on the device.
+        step: The name of the user's step.
 
     Attributes:
         output: What `run` returned, as a prediction.
@@ -65,11 +66,13 @@ class Substitute:
         run: Callable[[], Any],
         expected: Expected | None,
         read_values: bool = False,
+        step: str = "training_step",
     ) -> None:
         self._network = network
         self._run = run
         self._expected = expected
         self._read_values = read_values
+        self._step = step
         self._calls = 0
         self.output: Any = None
         self.changed: torch.Tensor | None = None
@@ -90,19 +93,15 @@ class Substitute:
             yield
         if self._calls == 0:
             raise ValueError(
-                "training_step did not call the network that is cut (or called parts of it "
-                "directly), so its loss knows nothing of the local modules: call the network once, "
-                "or pass network=... with the attribute that training_step calls."
+                f"{self._step} did not call the network that is cut (or called parts of it "
+                "directly), so what it returns knows nothing of the local modules: call the "
+                f"network once, or pass network=... with the attribute that {self._step} calls."
             )
 
     def _call(self, given: tuple[Any, ...]) -> Any:
         self._calls += 1
         if self._calls > 1:
-            raise ValueError(
-                "A step called the network twice for one batch (two views, say); local "
-                "modules have seen one input: join the views into one batch in "
-                "on_after_batch_transfer, so that the network is called once."
-            )
+            raise ValueError(self._called_twice(given))
         known = given if self._expected is None else self._expected.values
         if len(given) != len(known):
             raise ValueError(
@@ -116,6 +115,29 @@ class Substitute:
         output = self._run()
         self.output = prediction(output)
         return output
+
+    def _called_twice(self, given: tuple[Any, ...]) -> str:
+        """What to do instead: the calls may be for one output, or for two."""
+        keep = "keep its output in a variable"
+        if self._step != "training_step":
+            return (
+                f"{self._step} called the network twice for one batch. With its local modules in "
+                "several processes it runs once per batch: if both calls have the same input, "
+                f"{keep}; else run the {self._step.removesuffix('_step')} without "
+                "LocalParallelStrategy, on one device."
+            )
+        self._read_values = True
+        same = self._expected is not None and len(given) == len(self._expected.values)
+        if same and not self._is_other(given):
+            return (
+                "training_step called the network twice for one batch, with the same input. Local "
+                f"modules run once per batch: {keep}, for the loss and, say, an accuracy."
+            )
+        return (
+            "training_step called the network twice for one batch (two views, say); local modules "
+            "have seen one input: join the views into one batch in on_after_batch_transfer, so "
+            "that the network is called once."
+        )
 
     def _is_other(self, given: tuple[Any, ...]) -> bool:
         """Whether this is surely another input; what only values tell goes to `changed`."""

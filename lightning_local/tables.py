@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
@@ -126,17 +127,26 @@ def say(text: str) -> None:
 
 @rank_zero_only
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Shows a table, once for all processes; numbers stand on the right."""
+    """Shows a table, once for all processes; numbers stand on the right.
+
+    Nothing is cut off: a narrow terminal folds cells, the widest first, and a file gets the width
+    that the table needs.
+    """
     if _RICH:
         from rich.console import Console
         from rich.table import Table
 
         table = Table()
         for name in header:
-            table.add_column(name, justify="left" if name == "cut after" else "right", no_wrap=True)
+            justify: Literal["left", "right"] = "left" if name == "cut after" else "right"
+            table.add_column(name, justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*row)
         console = Console()
+        if not console.is_terminal:
+            unbounded = console.options.update(max_width=sys.maxsize)
+            needed = console.measure(table, options=unbounded).maximum
+            console = Console(width=max(console.width, needed, len(title)))
         console.print(title, highlight=False)
         console.print(table)
         return

@@ -1,12 +1,8 @@
-"""Turns a network's glue into a `torch.fx` graph, and says where that graph may be cut.
+"""Turns a network's glue into a `torch.fx` graph.
 
 Only the glue is traced: a module that holds no cut stays one opaque call, so its own Python runs
-as the user wrote it. Not here: requests (`partition.py`), code that runs (`body.py`).
-
-Legend: a *value* is what one graph node returns; it is *alive* after node i when a node behind i
-still reads it. A value *depends on parameters* when a weight can change it. A cut after node i is
-legal when exactly one value that depends on parameters is alive there: the hidden state. Everything
-else that is alive (inputs, masks, sizes, what is computed without gradient) rides along.
+as the user wrote it. Not here: what is traced (`traced.py`), requests (`partition.py`), code that
+runs (`body.py`).
 """
 
 from __future__ import annotations
@@ -14,22 +10,24 @@ from __future__ import annotations
 import inspect
 import random
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from operator import getitem
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from lightning_local.decisions import Decide, Decisions, Undecided, failing_line
 from lightning_local.factories import factories_recorded
 from lightning_local.in_place import InPlaceProxy
-from lightning_local.nodes import is_constant, reads_form
 from lightning_local.preserving import attributes_of, restore_attributes, training_mode
+from lightning_local.reads import watched
+from lightning_local.traced import Call, Trace
 
-__all__ = ["REMEDY", "Trace", "TraceError", "trace"]
+__all__ = ["REMEDY", "TraceError", "trace"]
 
 REMEDY = (
     "Move the code on that line into a submodule of its own (what is inside a module that is not "
@@ -40,102 +38,6 @@ REMEDY = (
 
 class TraceError(ValueError):
     """A network, or a part of it, whose glue can't be followed."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a module: its path and the position of the first node after it returned."""
-
-    path: str
-    stop: int
-    leaf: bool
-
-
-class Trace:
-    """A traced network in one mode.
-
-    Args:
-        nodes: All nodes in execution order, the output node last.
-        calls: Every module call, in the order in which the calls returned.
-        scopes: For each node the path of the module in whose forward it was made.
-        opened: Paths of the modules that were traced through (the root is `""`).
-        parameters: Names of the network's parameters.
-    """
-
-    def __init__(
-        self,
-        nodes: list[fx.Node],
-        calls: list[Call],
-        scopes: dict[fx.Node, str],
-        opened: list[str],
-        parameters: set[str],
-    ) -> None:
-        self.nodes = nodes
-        self.calls = calls
-        self.scopes = scopes
-        self.opened = opened
-        self.index = {node: i for i, node in enumerate(nodes)}
-        counts: dict[str, int] = {}
-        for call in calls:
-            counts[call.path] = counts.get(call.path, 0) + 1
-        self.call_counts = counts
-        self.cuts: dict[str, int | None] | None = None  # filled by `units.cut_places`
-        self.opaque: dict[str, str] = {}  # modules that could not be followed, and why
-        self._last_use = {
-            node: max((self.index[user] for user in node.users), default=-1) for node in nodes
-        }
-        self._depends = self._dependence(parameters)
-
-    def _dependence(self, parameters: set[str]) -> set[fx.Node]:
-        self._owners = {name.rpartition(".")[0] for name in parameters}
-        depends: set[fx.Node] = set()
-        for node in self.nodes:
-            if node.op == "get_attr":
-                own = str(node.target) in parameters
-            elif node.op == "call_module":
-                own = self.has_parameters(node)
-            elif reads_form(node):
-                continue
-            else:
-                own = False
-            if own or any(source in depends for source in node.all_input_nodes):
-                depends.add(node)
-        return depends
-
-    def forget_constants(self, values: Mapping[fx.Node, Any]) -> bool:
-        """Lets values ride along through which no gradient comes back.
-
-        Args:
-            values: Of all nodes, in a run in which every parameter asks for its gradient.
-
-        Returns:
-            Whether there were such values, that seemed to depend on parameters.
-        """
-        constant = {node for node in self._depends if is_constant(values[node])}
-        self._depends -= constant
-        return bool(constant)
-
-    def has_parameters(self, node: fx.Node) -> bool:
-        """Whether the module that the node calls has parameters."""
-        target = str(node.target)
-        return any(o == target or o.startswith(target + ".") for o in self._owners)
-
-    def depends_on_parameters(self, node: fx.Node) -> bool:
-        """Whether a weight of the network can change this value."""
-        return node in self._depends
-
-    def alive(self, i: int) -> list[fx.Node]:
-        """Values that are still read behind node `i`, parameters and buffers excluded."""
-        return [
-            node
-            for node in self.nodes[: i + 1]
-            if self._last_use[node] > i and node.op != "get_attr"
-        ]
-
-    def hidden(self, i: int) -> fx.Node | None:
-        """The hidden state if the network can be cut after node `i`, else None."""
-        crossing = [node for node in self.alive(i) if node in self._depends]
-        return crossing[0] if len(crossing) == 1 else None
 
 
 class _Tracer(fx.Tracer):
@@ -154,6 +56,11 @@ class _Tracer(fx.Tracer):
         self.calls: list[Call] = []
         self.node_scopes: dict[fx.Node, str] = {}
         self.opened: list[str] = [""]
+        self.plain: dict[tuple[str, str], Any] = {}
+        # Lists and dicts of glue, with the nodes that they are passed to; kept, so that an id is
+        # no other one's later.
+        self._passed: list[Any] = []
+        self._users: dict[int, tuple[Any, list[fx.Node]]] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)
@@ -177,7 +84,21 @@ class _Tracer(fx.Tracer):
         ]
         names = [*named, *(f"input_{i}" for i in range(self.num_inputs))][: self.num_inputs]
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
-        return root_fn, [self.root, *proxies]
+        given: list[Any] = proxies[:1]
+        for proxy in proxies[1:]:  # Python's `is None` never asks a proxy
+            given.append(None if self.decisions.ask(proxy, "none") else proxy)
+        return root_fn, [self.root, *given]
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        self._passed = []
+        proxy = super().create_proxy(*args, **kwargs)
+        for container in self._passed:
+            _, nodes = self._users.setdefault(id(container), (container, []))
+            nodes.append(proxy.node)
+            if len(nodes) > 1:
+                for node in nodes:
+                    node.meta["shares"] = True
+        return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _context() != self.context:
@@ -191,6 +112,8 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Dicts that are dataclasses keep their class, since users read attributes of them."""
+        if isinstance(a, (list, dict)):
+            self._passed.append(a)
         if isinstance(a, dict) and is_dataclass(a):
             given = {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a)}
             return self.create_node("call_function", type(a), (), given)
@@ -234,7 +157,7 @@ def trace(
     training: bool,
     num_inputs: int = 1,
     strict: bool = False,
-    decide: Decide,
+    decide: Callable[[bool], Decide],
 ) -> Trace:
     """Traces the glue of a network.
 
@@ -247,7 +170,7 @@ def trace(
         num_inputs: Number of positional inputs the network gets; further arguments keep their
             defaults.
         strict: Raise for a module inside too, instead of making it opaque.
-        decide: Answers what the glue asks about shapes and types.
+        decide: Makes what answers the glue's questions about shapes and types, for a mode.
 
     Raises:
         TraceError: The network's own forward can't be followed; names the line and the remedy.
@@ -259,27 +182,34 @@ def trace(
             f"{num_inputs} inputs don't fit the forward of {type(network).__name__}: {error}."
         ) from None
     opaque: dict[str, str] = {}
-    decisions = Decisions()
+    decisions = Decisions(decide(training))
     while True:
         decisions.restart()
         tracer = _Tracer(
             lambda path, module: path not in opaque and opens(path, module), num_inputs, decisions
         )
-        kept, draws = attributes_of(network), random.getstate()
+        kept, draws = attributes_of(network), _draws()
         try:
-            with training_mode(network, training), factories_recorded(tracer):
+            with (
+                training_mode(network, training),
+                factories_recorded(tracer),
+                watched(network, tracer, tracer.plain),
+            ):
                 graph = tracer.trace(network)
-            if random.getstate() != draws:
-                raise ValueError("Python's random numbers would be drawn once only: use torch.rand")
+            if _draws() != draws:
+                raise ValueError(
+                    "random numbers of Python or NumPy would be drawn once only: use torch.rand"
+                )
             changed = restore_attributes(kept)
             if changed:
                 raise ValueError(f"the forward changes {', '.join(changed)}, which a body can't")
-        except Exception as error:
-            random.setstate(draws)
+        except (Exception, Undecided) as error:
+            _set_draws(draws)
             restore_attributes(kept)
             if isinstance(error, Undecided):
                 with suppress(Exception):  # what fakes can't tell can't be followed
-                    decisions.settle(error, decide, training)
+                    inside = not strict and _is_small_part(network, tracer.stack[-1])
+                    decisions.settle(error, inside=inside)
                     continue
             where = type(network.get_submodule(tracer.stack[-1])).__name__
             reason = (
@@ -289,7 +219,7 @@ def trace(
             )
             if tracer.stack[-1] and not strict:
                 opaque[tracer.stack[-1]] = reason
-                decisions = Decisions()
+                decisions = Decisions(decide(training))
                 continue
             raise TraceError(f"{reason}{REMEDY}") from error
         break
@@ -297,4 +227,26 @@ def trace(
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     found = Trace(nodes, tracer.calls, tracer.node_scopes, tracer.opened, parameters)
     found.opaque = opaque
+    found.plain = tracer.plain
     return found
+
+
+def _is_small_part(network: nn.Module, path: str) -> bool:
+    """Whether little is lost if that module is left whole: less than half of the weights."""
+    whole, part = (
+        sum(p.numel() for p in module.parameters())
+        for module in (network, network.get_submodule(path))
+    )
+    return 2 * part < whole
+
+
+def _draws() -> Any:
+    """The states of Python's and NumPy's generators, as plain types."""
+    numpy: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = numpy
+    return random.getstate(), (name, keys.tolist(), *rest)
+
+
+def _set_draws(states: Any) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_local.augmented import UnitCopy
-from lightning_local.dryrun import on_fakes
+from lightning_local.fake_run import on_fakes
 from lightning_local.local_module import LocalModule
 
 __all__ = ["try_modules"]

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lightning_local.body import prediction
 from lightning_local.dryrun import Values
-from lightning_local.tracing import Trace
+from lightning_local.traced import Trace
 
 __all__ = ["cut_places", "find_units", "opens_candidates"]
 

@@ -11,7 +11,7 @@ from settings import cut_network
 from torch import nn
 from torch.nn import functional
 
-from lightning_local import Partition
+from lightning_local import LocalLearner, Partition
 
 CLASSES = 5
 
@@ -75,3 +75,16 @@ class Net(nn.Module):
 
 def cut(network: nn.Module, x: torch.Tensor):
     return cut_network(network, Partition(split_points=["stem", "middle"]), [x]).bodies
+
+
+def batches(*sizes: int, shape: tuple[int, ...] = (6,)):
+    """Batches of so many samples."""
+    return [(torch.randn(n, *shape), torch.arange(n) % 3) for n in sizes]
+
+
+def fit(network: nn.Module, data, quiet, method="Greedy") -> LocalLearner:
+    """One epoch."""
+    learner = LocalLearner(Classifier(network), method)
+    loader = torch.utils.data.DataLoader(data, batch_size=None)
+    L.Trainer(max_epochs=1, **quiet).fit(learner, loader)
+    return learner

@@ -1,7 +1,9 @@
 """Mistakes in arguments, told where something is made."""
 
+import torch
 from mistakes import X, Y, argument
 from simple import Lit, Net, greedy
+from torch import nn
 
 from lightning_local import (
     EarlyExit,
@@ -31,6 +33,49 @@ argument("name", lambda: greedy(Lit(), partition=["stm"]), "`stm`", "closest nam
 argument("features", lambda: greedy(Lit(), out_features=0), "out_features=0", "1 or more")
 argument(
     "schedule", lambda: greedy(Lit(), lr_scheduler=print), "lr_scheduler", "pass both, or neither"
+)
+SGD = torch.optim.SGD(Net().parameters(), 0.1)
+STEP_LR = torch.optim.lr_scheduler.StepLR(SGD, 1)
+argument(
+    "made optimizer",
+    lambda: greedy(Lit(), optimizer=SGD),
+    *("optimizer=...) got SGD, made already", "lambda parameters: torch.optim.SGD(parameters"),
+    kind=TypeError,
+)
+argument(
+    "made scheduler",
+    lambda: greedy(Lit(), optimizer=torch.optim.SGD, lr_scheduler=STEP_LR),
+    *("lr_scheduler=...) got StepLR, made already", "lambda optimizer: torch"),
+    kind=TypeError,
+)
+argument(
+    "class of a criterion",
+    lambda: greedy(Lit(), criterion=nn.CrossEntropyLoss),
+    *("the class CrossEntropyLoss", "pass an instance, CrossEntropyLoss()"),
+    kind=TypeError,
+)
+argument(
+    "name of a criterion",
+    lambda: greedy(Lit(), criterion="mse"),
+    *("criterion=...) got 'mse'", "torch.nn.MSELoss()"),
+    kind=TypeError,
+)
+argument(
+    "names of keys",
+    lambda: greedy(Lit(), unpack="image,label"),
+    *("unpack=...) got 'image,label'", "(input, target)", "lambda batch: (batch['image']"),
+    kind=TypeError,
+)
+argument(
+    "learner",
+    lambda: greedy(greedy(Lit())),
+    *("got a LocalLearner", "a learner already", "learner.module"),
+    kind=TypeError,
+)
+argument(
+    "name from outside",
+    lambda: greedy(Lit(), partition=["network.blocks.1"]),
+    *("`network.blocks.1`", "`network` (Net)", "relative to that", "pass 'blocks.1'"),
 )
 argument(
     "recompute", lambda: greedy(Lit(), recompute="all"), "'all'", "'blocks'", "list of indices"

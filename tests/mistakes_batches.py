@@ -46,8 +46,13 @@ def an_input_that_is_not_in_the_batch():
 
 
 @case(["called the network twice", "join the views"])
+def two_views():
+    stepping(lambda self, b, batch_idx: functional.cross_entropy(self(b[0]) + self(-b[0]), b[1]))
+
+
+@case(["called the network twice", "with the same input", "keep its output in a variable"])
 def two_calls():
-    stepping(lambda self, b, batch_idx: functional.cross_entropy(self(b[0]) + self(b[0]), b[1]))
+    stepping(lambda self, b, batch_idx: functional.cross_entropy(self(b[0]) + self(+b[0]), b[1]))
 
 
 @case(["did not call the network", "call the network once"])
@@ -87,6 +92,27 @@ def a_dict_with_other_keys():
     fitted(greedy(Lit()), DataLoader([{"a": x, "b": y} for x, y in zip(X, Y, strict=True)], 8))
 
 
+@case(["more than one key", "['x', 'image'] could be the input", "batch['target']"])
+def a_dict_with_too_many_keys():
+    rows = [{"image": x, "x": x, "label": y, "target": y} for x, y in zip(X, Y, strict=True)]
+    fitted(greedy(Lit()), DataLoader(rows, 8))
+
+
+@case(["returned a tuple of 3", "a tuple of two, (input, target)", "Several inputs"])
+def an_unpack_of_three():
+    fitted(greedy(Lit(), unpack=lambda batch: (*batch, None)))
+
+
+@case(["returned a Tensor of shape (2, 1, 6, 6)", "a tuple of two"])
+def an_unpack_of_one_tensor_of_two_samples():
+    fitted(greedy(Lit(), unpack=lambda batch: batch[0]))
+
+
+@case(["returned a dict with the keys ['x', 'y']", "a tuple of two"])
+def an_unpack_of_a_dict():
+    fitted(greedy(Lit(), unpack=lambda batch: {"x": batch[0], "y": batch[1]}))
+
+
 @case(["is empty", "at least one batch"])
 def an_empty_loader():
     L.Trainer(**NOW["quiet"], max_epochs=1).fit(greedy(Lit()), DataLoader([]), data(shuffle=False))
@@ -110,6 +136,77 @@ def targets_that_are_numbers():
 @case(["indices of shape (8, 1)", "wants (8,)", "one index per prediction"])
 def targets_with_a_dimension_more():
     fitted(greedy(Lit()), loader_of(X, Y[:, None]))
+
+
+class Words(Lit):
+    """Predicts one of `words` per token, `(N, V, T)`, as torch's cross entropy takes it."""
+
+    def __init__(self):
+        layers = nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 9)
+        super().__init__(nn.Sequential(*layers, ClassesFirst()))
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+class ClassesFirst(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def words(**options):
+    x, y = torch.randn(16, 6, 2), torch.arange(96).view(16, 6) % 9
+    fitted(greedy(Words(), **options), loader_of(x, y))
+
+
+@case(["class 6", "heads' 6 outputs", "as (N, T, V)", "(N, V, T)", "pass out_features=V"])
+def words_in_dimension_1():
+    words()
+
+
+class Number(Lit):
+    """One number per sample, `(N, 1)`."""
+
+    def __init__(self):
+        layers = nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 1)
+        super().__init__(nn.Sequential(nn.Flatten(), *layers))
+
+    def training_step(self, batch, batch_idx):
+        return functional.mse_loss(self(batch[0])[:, 0], batch[1])
+
+    validation_step = training_step
+
+
+def regression(criterion, y=None):
+    y = torch.randn(16) if y is None else y
+    fitted(greedy(Number(), network="network", criterion=criterion), loader_of(X, y))
+
+
+@case(["each output with each target, (8, 8)", "(8, 1), and the target", "output.squeeze(-1)"])
+def a_criterion_that_broadcasts():
+    regression(nn.MSELoss())
+
+
+@case(["Here pass criterion=lambda output, target: loss(output.squeeze(-1)"])
+def a_criterion_that_can_not_broadcast():
+    regression(nn.BCEWithLogitsLoss(), Y.float() / CLASSES)
+
+
+@case(
+    ["local module 0 failed", "RuntimeError: The size", "(16, 4)", "int64 of shape (16,)", "unpack"]
+)
+def numbers_for_class_labels():
+    fitted(greedy(Lit(), criterion=lambda output, target: (output - target).abs().mean()))
+
+
+@case(["local module 0 has no gradient", "(8, 1)", "without detach()"])
+def a_criterion_without_a_gradient():
+    regression(lambda output, target: (output.detach()[:, 0] - target).abs().mean())
+
+
+@case(["local module 0 returned a float", "without item()"])
+def a_criterion_that_returns_a_number():
+    regression(lambda output, target: (output[:, 0] - target).abs().mean().item())
 
 
 @case(["returned (16, 4)", "reduction='mean'"])

@@ -1,9 +1,11 @@
 """Mistakes in modules, where their networks are cut, and in optimizers."""
 
+import lightning as L
 import torch
 from mistakes import case, fitted
 from simple import Lit, Net, greedy
 from torch import nn
+from torch.nn import functional
 
 from lightning_local import LocalLearner, methods
 
@@ -16,6 +18,27 @@ def two_networks():
             self.other = Net()
 
     greedy(Two())
+
+
+class Parts(L.LightningModule):
+    """Layers, and a step that calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Net(), Net()
+
+    def training_step(self, batch, batch_idx):
+        return functional.cross_entropy(self.first(batch[0]) + self.second(batch[0]), batch[1])
+
+
+@case(["network='first' or 'second'", "define forward", "pass network='.' to cut it"])
+def two_networks_and_no_forward():
+    greedy(Parts())
+
+
+@case(["network='.' cuts the forward of Parts", "defines none", "'first', 'second'"])
+def a_forward_that_is_not_there():
+    greedy(Parts(), network=".")
 
 
 @case(["automatic_optimization = False", "wrap a module with automatic"])

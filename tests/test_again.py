@@ -264,9 +264,12 @@ def test_a_learner_with_head_accuracy_predicts_and_validates_unfitted(quiet):
         def predict_step(self, batch, batch_idx):
             return self(batch[0])
 
-    for call in ("predict", "validate"):
-        trainer = L.Trainer(callbacks=[LocalSummary(head_accuracy=True)], **quiet)
-        getattr(trainer, call)(wrap("units")(Predicts()), datamodule=Data())
+    def trainer():
+        return L.Trainer(callbacks=[LocalSummary(head_accuracy=True)], **quiet)
+
+    trainer().predict(wrap("units")(Predicts()), datamodule=Data())
+    with pytest.warns(UserWarning, match="3 of the 3 heads have not been trained"):
+        trainer().validate(wrap("units")(Predicts()), datamodule=Data())
 
 
 def test_a_missing_network_is_an_error_not_another_one():

@@ -111,6 +111,22 @@ def test_a_checkpoint_of_something_else_is_refused_and_nothing_changes(case, tmp
         assert torch.equal(tensor, before[name]), name
 
 
+def test_the_remedy_for_other_shapes_works(tmp_path, quiet):
+    """`strict=False` is none: torch refuses other shapes all the same."""
+    path, module = tmp_path / "a.ckpt", Wider()
+    file_of(wrap(2), path, quiet)
+    with pytest.raises(ValueError, match="Or wrap one with what fits: ") as refused:
+        resume(wrap(2)(module), path, quiet)
+    code = str(refused.value).partition("fits: ")[2].removesuffix(".")
+    exec(code, {"module": module, "path": path, "torch": torch})
+    file = torch.load(path)["state_dict"]
+    own = module.state_dict()
+    alike = {name for name in own if own[name].shape == file[name].shape}
+    assert alike == {"network.fc.bias", *(n for n in own if n.endswith("num_batches_tracked"))}
+    assert all(torch.equal(own[name], file[name]) for name in alike)
+    resume(wrap(2)(module), None, quiet)
+
+
 @pytest.mark.parametrize("keep", [0, 0.5, 0.99])
 def test_a_truncated_file_is_named(keep, tmp_path, quiet):
     path = tmp_path / "a.ckpt"

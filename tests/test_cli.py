@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
@@ -103,6 +104,20 @@ def test_validate_and_test_load_the_file_that_fit_wrote(tmp_path):
         ["validate", *options, f"--ckpt_path={checkpoint}"]
         + [f"--trainer.default_root_dir={tmp_path}"]
     )
+
+
+def test_classes_in_yaml_arrive_as_what_is_called():
+    given = {
+        "criterion": "torch.nn.MSELoss",
+        "optimizer": "torch.optim.SGD",
+        "lr_scheduler": "{class_path: StepLR, init_args: {step_size: 2}}",
+    }
+    options = [f"--model.init_args.{key}={value}" for key, value in given.items()]
+    args = ["--config", str(EXAMPLES / "digits.yaml"), *QUICK, *options]
+    learner = LocalCLI(args=args, run=False).model
+    assert isinstance(learner._criterion[0], torch.nn.MSELoss)
+    optimizer = learner.optimizer_callable(learner.network.parameters())
+    assert learner.lr_scheduler_callable(optimizer).step_size == 2
 
 
 def test_misspelt_names_get_a_suggestion(capsys):

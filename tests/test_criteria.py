@@ -133,6 +133,70 @@ def test_a_criterion_is_asked_as_the_network_would_be(quiet):
     assert seen == [((12,), (12,))] * 4
 
 
+class Column(Cnn):
+    """One number per sample, `(N, 1)`."""
+
+    def forward(self, x):
+        return super().forward(x)[:, :1]
+
+
+def squared(output, target):
+    return (output - target).square().mean()
+
+
+def ranked(output, target):
+    """Compares outputs with each other, and targets."""
+    return ((output - output.T) - (target[:, None] - target)).square().mean()
+
+
+NUMBERS = images(lambda x: x.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("name", ["Greedy", "InfoPro"])
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.HuberLoss(), squared, nn.PoissonNLLLoss()])
+def test_numbers_in_a_column_are_not_compared_with_every_target(criterion, name, quiet):
+    lit = Lit(Column(), lambda output, target: functional.mse_loss(output[:, 0], target))
+    before = {name: tensor.clone() for name, tensor in lit.state_dict().items()}
+    message = r"each target, \(12, 12\) .* \(12, 1\), and the target .* \(12,\): .*squeeze"
+    with pytest.raises(ValueError, match=message):
+        fit(lit, method_of(name), NUMBERS, quiet, criterion)
+    for key, parameter in lit.named_parameters():
+        assert torch.equal(parameter, before[key]), key
+
+
+def test_a_column_of_targets_is_not_compared_with_every_output(quiet):
+    x, target = NUMBERS
+    lit = Lit(Scalar(), lambda output, target: functional.mse_loss(output, target[:, 0]))
+    with pytest.raises(ValueError, match=r"\(12, 12\) .* target\.squeeze\(-1\)"):
+        fit(lit, methods.Greedy(), (x, target[:, None]), quiet, squared)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda output, target: squared(output[:, 0], target),
+        lambda output, target: functional.mse_loss(output.squeeze(-1), target),
+        lambda output, target: functional.l1_loss(output, target[:, None]),
+        ranked,
+    ],
+)
+def test_numbers_in_a_column_can_be_learned(criterion, quiet):
+    lit = Lit(Column(), lambda output, target: functional.mse_loss(output[:, 0], target))
+    learner, found = fit(lit, methods.Greedy(), NUMBERS, quiet, criterion)
+    for own in range(k := learner.num_modules):
+        assert found[own - k] < found[own]
+
+
+def test_a_device_without_memory_says_so_itself(quiet):
+    """Lightning's BatchSizeFinder looks for that error."""
+
+    def criterion(output, target):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(Lit(Scalar(), nn.MSELoss()), methods.Greedy(), NUMBERS, quiet, criterion)
+
+
 def test_out_features_win_over_a_network_of_one_number():
     learner = LocalLearner(Lit(Scalar(), nn.MSELoss()), "Greedy", out_features=3)
     learner.build(torch.rand(2, 3, 8, 8))

@@ -149,7 +149,7 @@ class Vector(losses.Objective):
     ("kind", "error", "message"),
     [
         ("in place", ValueError, "The loss InPlace overwrites the hidden state"),
-        ("vector", ValueError, r"The local loss Vector returned \(4,\), and a scalar is needed"),
+        ("vector", ValueError, r"loss Vector of local module 0 returned \(4,\), and a scalar is"),
         ("none", TypeError, r"Custom.build returned a Identity: it has to return a losses\.Obj"),
     ],
 )

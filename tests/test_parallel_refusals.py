@@ -25,6 +25,23 @@ def test_a_step_that_reads_the_input_is_told_what_to_do():
     assert all(r"pass LocalParallelStrategy(send_input=True)" in log for log in ended.logs)
 
 
+class Twice(Lit):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/changed", (self(batch[0]).argmax(1) != self(batch[0]).argmax(1)).sum())
+
+
+def validate(rank, size):
+    start(partial(trainer, rank, size, QUIET), Twice)
+
+
+def test_a_validation_that_calls_the_network_twice_is_told_what_to_do():
+    ended = launch(2, validate, 2)
+    assert all(code != 0 for code in ended.codes)
+    for log in ended.logs:
+        assert "validation_step called the network twice for one batch" in log
+        assert "keep its output in a variable; else run the validation without" in log
+
+
 def too_many(rank, size):
     start(partial(trainer, rank, size, QUIET), options={"partition": 2})
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import pytest
+import simple
 import torch
 import yaml
 from live import batch_of, learner_of, measured
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from examples.image_classification import CifarResNet, LitClassifier
-from lightning_local import LocalLearner, Partition, methods, plan_partition
+from lightning_local import LocalLearner, Partition, heads, methods, plan_partition
 from lightning_local.cli import main
 from lightning_local.dividing import additive, divide
 from lightning_local.ranges import size
@@ -95,6 +96,41 @@ def test_a_tight_budget_recomputes(quiet):
     assert found < least
 
 
+@pytest.mark.parametrize(("method", "blocks"), [("Greedy", 1), ("Greedy", 4), ("BackLink", 3)])
+def test_only_what_takes_less_memory_is_recomputed(method, blocks):
+    """A small local module's peak rises with it, and then nothing comes closer."""
+    batch = torch.randn(2, 1, 16, 16), torch.zeros(2).long()
+    learner = LocalLearner(simple.Lit(simple.Net(blocks)), method)
+    least = min(rung.local for rung in plan_partition(learner, batch, batch_size=64).rungs)
+
+    def peaks(points, recompute):
+        made = LocalLearner(learner.module, method, list(points), recompute=recompute)
+        made.build(batch[0])
+        modules = made.modules_in_order()
+        found = rehearse(made, modules, made.method, Setting(batch, 64)).modules
+        return [module.peak for module in found]
+
+    for share in (0.95, 0.7, 0.1):
+        limit = int(share * least)
+        plan = plan_partition(learner, batch, batch_size=64, memory=limit, reserve=0)
+        choice = plan.choice
+        without, found = peaks(choice.points, "none"), peaks(choice.points, choice.recompute)
+        assert max(found) == choice.peak <= least
+        assert all(found[k] < without[k] for k in choice.recompute)
+        assert choice.fits == (choice.peak <= limit)
+        assert ("recomputing" in choice.reason) == bool(choice.recompute)
+
+
+def test_end_to_end_may_come_closest():
+    """Heads that are larger than the network."""
+    net = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 3))
+    batch = torch.randn(4, 7), torch.zeros(4).long()
+    learner = LocalLearner(Lit(net), methods.Greedy(head=heads.MLP(hidden=5)))
+    choice = plan_partition(learner, batch, memory=100).choice
+    assert choice.points == ()
+    assert choice.reason.startswith("Nothing fits with this method: end to end comes closest.")
+
+
 def test_a_balanced_cut_is_kept_in_a_checkpoint(tmp_path, quiet):
     path = tmp_path / "a.ckpt"
     batches = DataLoader([batch_of()], batch_size=None)
@@ -142,7 +178,7 @@ def test_stages_get_even_shares_of_time(tmp_path):
     assert all(0 < peak < plan.choice.peak for peak in plan.choice.stages)
     tight = plan_partition(learner, batch_of(PreAct), stages=2, memory="1kB")
     assert not tight.choice.fits
-    assert tight.choice.recompute
+    assert tight.choice.stages == plan_partition(learner, batch_of(PreAct), stages=2).choice.stages
     assert plan.save_picture(tmp_path / "plan.png").stat().st_size > 10_000
 
 

@@ -1,5 +1,6 @@
 """What LocalLearner refuses or warns of, beside the table of `test_errors.py`."""
 
+import lightning as L
 import pytest
 import torch
 from simple import CLASSES, Lit, Net, data, fit, greedy
@@ -7,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from lightning_local import LocalLearner
+from lightning_local import LocalLearner, Partition
+from lightning_local.first_batch import check_target
 
 
 def test_a_batch_that_cannot_be_unpacked_is_named(quiet):
@@ -35,6 +37,50 @@ def test_ambiguous_networks_list_the_choices():
     assert greedy(Two(), network="other").network_name == "other"
     with pytest.raises(ValueError, match="network='netwrok' is no submodule"):
         greedy(Two(), network="netwrok")
+
+
+class NoForward(Lit):
+    """Its step calls the layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.network.fc = self.network.fc, nn.Identity()
+
+    forward = L.LightningModule.forward
+
+    def training_step(self, batch, batch_idx):
+        return functional.cross_entropy(self.fc(self.network(batch[0])), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def test_a_forward_is_missed_where_it_would_be_cut(quiet):
+    fit(LocalLearner(NoForward(), "EndToEnd"), quiet, epochs=1)
+    fit(LocalLearner(NoForward(), "EndToEnd", network="."), quiet, epochs=1)
+    with pytest.raises(ValueError, match="cuts the forward of NoForward, which defines none"):
+        LocalLearner(NoForward(), "EndToEnd", network=".", recompute="body")
+    with pytest.raises(ValueError, match="pass one of 'network', 'fc'.$"):
+        greedy(NoForward(), network="netwrok")
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 6), (4, 5, 6)])
+def test_classes_in_dimension_1_are_named_as_a_cause(shape):
+    target = torch.arange(24).view(4, 6) % 9
+    with pytest.raises(ValueError, match=r"as \(N, T, V\), classes last. If yours is \(N, V, T\)"):
+        check_target(target, torch.zeros(shape))
+    with pytest.raises(ValueError, match="as there are classes.$"):
+        check_target(target, torch.zeros(4, 6, 8))
+
+
+def test_names_are_relative_to_the_network():
+    for point in ("module.network.blocks.1", "network.blocks.1"):
+        with pytest.raises(ValueError, match="relative to that: pass 'blocks.1'"):
+            greedy(Lit(), partition=["stem", point])
+    with pytest.raises(ValueError, match="Leaf `network.stem`.* pass 'stem'"):
+        greedy(Lit(), partition=Partition(leaves=["network.stem"]))
+    with pytest.raises(ValueError, match="`network.blocks.7` .* closest names"):
+        greedy(Lit(), partition=["network.blocks.7"])
 
 
 def test_a_module_of_the_other_package_cannot_be_wrapped():

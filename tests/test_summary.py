@@ -1,6 +1,8 @@
 """What LocalSummary counts, measures, prints and draws."""
 
+import io
 import logging
+import re
 
 import lightning as L
 import pytest
@@ -81,6 +83,49 @@ def test_the_tables(rich, quiet, capsys, monkeypatch, caplog):
     assert text.count("MiB") >= 4
     for accuracy in summary.accuracies:
         assert f"{accuracy:.2%}" in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+LONG = "layer2.0.shortcut.conv.weight"
+ROWS = [[f"{k:02d}", f"{LONG}{k}", *["14,510,123"] * 8] for k in range(3)]
+
+
+def shown(monkeypatch, stream, columns):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout", stream)
+    tables.print_table("A title", ["module", "cut after", *["params"] * 8], ROWS)
+    return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+
+
+def test_a_file_gets_tables_of_any_width(monkeypatch):
+    """Their cells are copied from there: a split point, a number of parameters."""
+    text = shown(monkeypatch, io.StringIO(), 80)
+    assert "…" not in text
+    for k in range(3):
+        assert f" {k:02d} │ {LONG}{k} │" in text
+    assert text.count("14,510,123") == 3 * 8
+
+
+@pytest.mark.parametrize("columns", [60, 100, 130, 300])
+def test_a_narrow_terminal_folds_what_it_has_no_room_for(columns, monkeypatch):
+    text = shown(monkeypatch, Terminal(), columns)
+    assert max(map(len, text.splitlines())) <= columns
+    assert "…" not in text
+    found, row = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells and cells[0]:
+            found.append(row := cells)
+        elif cells:
+            row[:] = [a + b for a, b in zip(row, cells, strict=True)]
+    assert found == ROWS
+    assert (text.count("14,510,123") == 3 * 8) == (columns >= 130)  # names are folded first
 
 
 def test_no_table_for_one_module_but_its_memory(quiet, capsys):
