@@ -189,9 +189,10 @@ def choose_points(
     ends = [sum(lengths[: k + 1]) - 1 for k in range(wanted - 1)]
     kept = [end for end in ends if end <= n - 2 - tail_units]
     if wanted > 1 and not kept:
+        finer = f"'units' ({n - tail_units} local modules then), " if n - 1 > tail_units else ""
         raise ValueError(
             f"The head asks for the last {tail_units + 1} units in one local module, and "
-            f"`{network}` has {n} units in {wanted} local modules, so nothing is left to cut: use "
-            f"a depth of at most {n - 2 - ends[0]}, or pass explicit split points."
+            f"`{network}` has {n} units in {wanted} local modules, so nothing is left to cut: pass "
+            f"{finer}a depth of at most {n - 2 - ends[0]}, or explicit split points."
         )
     return tuple(units[end] for end in kept)
