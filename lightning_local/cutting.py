@@ -89,20 +89,44 @@ def _followed(
         try:
             values = run_values(network, traced, inputs)
         except GlueError as error:
-            path = traced.scopes[error.node]
-            where = type(network.get_submodule(path)).__name__
-            reason = (
-                f"The forward of {where} can't be followed by torch.fx: it decides by what only a "
-                f"run can tell, such as isinstance or hasattr (`{error.node.name}`: {error}).\n"
-            )
-            if not path and error.node.op == "call_module":
-                raise error.__cause__ or error from None
+            path, reason = _failure(network, traced, error)
             if not path:
-                raise TraceError(f"{reason}{REMEDY}") from error
+                raise _refusal(error, reason) from error
             failed[path] = reason
             continue
         traced.opaque |= failed
         return traced, values
+
+
+def _failure(network: nn.Module, traced: Trace, error: GlueError) -> tuple[str, str]:
+    """In which module's glue a node failed, and what to say of it."""
+    path = traced.scopes[error.node]
+    where = type(network.get_submodule(path)).__name__
+    return path, (
+        f"The forward of {where} can't be followed by torch.fx: it decides by what only a run can "
+        f"tell, such as isinstance or hasattr (`{error.node.name}`: {error}).\n"
+    )
+
+
+def _refusal(error: GlueError, reason: str) -> BaseException:
+    """What to raise: what a module of the user's raised, or what glue can't be followed for."""
+    own = error.__cause__ if error.node.op == "call_module" else None
+    return own or TraceError(f"{reason}{REMEDY}")
+
+
+def _valued(
+    network: nn.Module, traced: Trace, inputs: Sequence[Any], training: bool = True
+) -> Values:
+    """The values of a trace whose modules have to be opened.
+
+    Raises:
+        TraceError: Glue fails.
+        Exception: A module called there fails, with what it raises.
+    """
+    try:
+        return run_values(network, traced, inputs, training)
+    except GlueError as error:
+        raise _refusal(error, _failure(network, traced, error)[1]) from error
 
 
 def _obstacle(network: nn.Module, opaque: Mapping[str, str]) -> str:
@@ -154,9 +178,9 @@ class Cutter:
             mode: trace(network, lambda p, _: p in around, training=mode, strict=True, **given)
             for mode in (True, False)
         }
-        self._values = run_values(network, self._traces[True], inputs)
+        self._values = _valued(network, self._traces[True], inputs)
         if self._traces[True].forget_constants(self._values.nodes, self._values.weights):
-            evaluated = run_values(network, self._traces[False], inputs, training=False)
+            evaluated = _valued(network, self._traces[False], inputs, training=False)
             self._traces[False].forget_constants(evaluated.nodes, evaluated.weights)
         self._layout = request.layout
         self._unit_places = [self._place(p) for p in self.unit_points]

@@ -108,8 +108,9 @@ def same_as_traced(value: Any, kind: str, answer: int, line: str, path: str) -> 
         raise ValueError(
             f"The network decides on the form of its input, and takes another way for this batch "
             f"than for the example it was cut with ({asked} instead of {then}) at\n    {line}\n"
-            "Give it batches of one form and precision (drop_last=True, if it is the last one of "
-            f"an epoch), or move the code on that line into a submodule of its own{whole}."
+            "Give it batches of one form, precision and device (drop_last=True, if it is the last "
+            "one of an epoch), or move the code on that line into a submodule of its own"
+            f"{whole}."
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,6 +29,9 @@ from lightning_local.reads import watched
 from lightning_local.traced import Call, Trace
 
 __all__ = ["REMEDY", "TraceError", "trace"]
+
+# What is patched while a network is traced is the process's.
+_lock = threading.RLock()
 
 REMEDY = (
     "Move the code on that line into a submodule of its own (what is inside a module that is not "
@@ -190,22 +194,24 @@ def trace(
         )
         kept, draws = attributes_of(network), _draws()
         try:
-            with (
-                training_mode(network, training),
-                factories_recorded(tracer),
-                watched(network, tracer, tracer.plain),
-            ):
-                graph = tracer.trace(network)
-            if _draws() != draws:
-                raise ValueError(
-                    "random numbers of Python or NumPy would be drawn once only: use torch.rand"
-                )
-            changed = restore_attributes(kept)
+            with training_mode(network, training):
+                before = attributes_of(network)  # the user's own train() may set some
+                with _lock, factories_recorded(tracer), watched(network, tracer, tracer.plain):
+                    graph = tracer.trace(network)
+                if _draws() != draws:
+                    raise ValueError(
+                        "random numbers of Python or NumPy would be drawn, or a seed set, once "
+                        "only: use torch.rand"
+                    )
+                changed = restore_attributes(before)
+            restore_attributes(kept)
             if changed:
                 raise ValueError(f"the forward changes {', '.join(changed)}, which a body can't")
-        except (Exception, Undecided) as error:
+        except BaseException as error:
             _set_draws(draws)
             restore_attributes(kept)
+            if not isinstance(error, (Exception, Undecided)):
+                raise
             if isinstance(error, Undecided):
                 with suppress(Exception):  # what fakes can't tell can't be followed
                     inside = not strict and _is_small_part(network, tracer.stack[-1])
@@ -241,12 +247,13 @@ def _is_small_part(network: nn.Module, path: str) -> bool:
 
 
 def _draws() -> Any:
-    """The states of Python's and NumPy's generators, as plain types."""
+    """The states of the generators of Python, NumPy and torch, as plain types."""
     numpy: Any = np.random.get_state(legacy=True)
     name, keys, *rest = numpy
-    return random.getstate(), (name, keys.tolist(), *rest)
+    return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()
 
 
 def _set_draws(states: Any) -> None:
     random.setstate(states[0])
     np.random.set_state(states[1])
+    torch.set_rng_state(torch.tensor(states[2], dtype=torch.uint8))

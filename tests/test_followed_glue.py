@@ -1,6 +1,8 @@
 """Glue that a body follows in every batch, and parts of a network that are left whole."""
 
 import random
+from collections import deque
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -181,6 +183,43 @@ def test_a_part_that_only_a_run_can_follow_is_left_whole(made, read):
     bodies = cut_network(network, Partition(), [x]).bodies
     assert len(bodies) == 3
     assert torch.equal(chain(bodies, x), network(x))
+
+
+class Remembers(nn.Linear):
+    """Keeps what it has seen, deep inside of its attributes."""
+
+    def __init__(self):
+        super().__init__(D, D)
+        self.queue, self.kept = deque(maxlen=3), {"means": []}
+        self.state = SimpleNamespace(mean=None)
+        self.generator = np.random.default_rng(0)
+
+    def forward(self, x):
+        y = super().forward(x)
+        for place in (self.queue, self.kept["means"]):
+            place.append(y.detach().mean(0))
+        self.state.mean = self.queue[-1]
+        shift = int(self.generator.integers(1, 3))
+        return torch.roll(y, shift, 1) + torch.stack(list(self.queue)).mean(0)
+
+    def train(self, mode=True):
+        self.mode = "train" if mode else "eval"
+        return super().train(mode)
+
+
+def test_what_modules_remember_and_draw_is_as_before(quiet):
+    network = nn.Sequential(nn.Linear(D, D), *[Remembers() for _ in range(3)], nn.Linear(D, 3))
+    learner = LocalLearner(Classifier(network), "Greedy")
+    learner.build(torch.randn(4, D))
+    assert learner.num_modules == 5
+    for each in network[1:4]:
+        assert not each.queue
+        assert each.kept == {"means": []}
+        assert each.state.mean is None
+        fresh = np.random.default_rng(0)
+        assert each.generator.bit_generator.state == fresh.bit_generator.state
+    fit(network, batches(4, 4), quiet)
+    assert all(type(tensor) is torch.Tensor for tensor in network[1].queue)
 
 
 class Skipped(nn.Linear):

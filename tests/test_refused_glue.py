@@ -34,7 +34,6 @@ OTHERS = {
     "get": lambda self, x: x * {6: 2.0}.get(x.shape[1], 3.0),
     "str": lambda self, x: x * (2.0 if str(x.dtype) == "torch.float32" else 3.0),
     "hasattr": lambda self, x: x * (2.0 if hasattr(x, "logits") else 3.0),
-    "own generator": lambda self, x: x * self.generator.random(),
     "a module's None": without_a_factor,
 }
 
@@ -42,7 +41,7 @@ OTHERS = {
 @pytest.mark.parametrize("glue", OTHERS.values(), ids=OTHERS)
 def test_numbers_chosen_by_what_a_proxy_is_not_asked_for(glue):
     network = Net(glue)
-    network.generator, network.pair = np.random.default_rng(0), FactorOf(D, D)
+    network.pair = FactorOf(D, D)
     with pytest.raises(ValueError, match=r"other operations than by itself \(aten.mul.Tensor of"):
         cut(network, torch.randn(4, D))
 
@@ -71,9 +70,11 @@ def collecting(self, x):
 REFUSED = {
     "Python's numbers": (lambda self, x: x * random.random(), "random numbers of Python or NumPy"),
     "NumPy's": (lambda self, x: x * np.random.rand(), "random numbers of Python or NumPy"),
+    "its own": (lambda self, x: x * self.generator.random(), "changes Net.generator"),
     "autocast": (without_autocast, "under torch.autocast"),
     "a question": (lambda self, x: x * (2 if torch.is_grad_enabled() else 1), "is_grad_enabled"),
     "a seed": (under_a_seed, "torch.manual_seed"),
+    "another seed": (lambda self, x: x + torch.random.manual_seed(0).initial_seed(), "a seed set"),
     "a counter": (counting, "changes Net.calls"),
     "a list": (collecting, "changes Net.found"),
     "large batches": (lambda self, x: x * 2 if x.shape[0] > 16 else x, "size of the batch"),
@@ -84,6 +85,7 @@ REFUSED = {
 def test_what_a_graph_does_not_hold(glue, words):
     network = Net(glue)
     network.calls, network.found = {"n": 0}, []
+    network.generator = np.random.default_rng(0)
     before = random.getstate(), np.random.get_state()[1].tolist()
     with pytest.raises(ValueError, match=f"can't be followed .*{words}"):
         cut(network, torch.randn(4, D))
@@ -92,18 +94,33 @@ def test_what_a_graph_does_not_hold(glue, words):
     assert network.found == []
 
 
-def scaled(self, x):
-    return x * self.alpha
+class Alpha(Net):
+    alpha = 1.0  # of the class
 
 
-def test_an_attribute_that_glue_reads_may_not_change():
-    network = Net(scaled)
-    network.alpha = 1.0
+READ = {
+    "alpha": (1.0, 0.5, lambda self, x: x * self.alpha),
+    "_alpha": (1.0, 0.5, lambda self, x: x * self._alpha),
+    "alphas": ([1.0], [0.5], lambda self, x: x * self.alphas[0]),
+    "options": ({"alpha": 1.0}, {"alpha": 0.5}, lambda self, x: x * self.options["alpha"]),
+    "function": (torch.relu, torch.tanh, lambda self, x: self.function(x)),
+    "mask": (None, torch.ones(D), lambda self, x: x if self.mask is None else x * self.mask),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_attribute_that_glue_reads_may_not_change(name):
+    before, after, glue = READ[name]
+    network = Alpha(glue)
+    if name != "alpha":
+        setattr(network, name, before)
     learner = LocalLearner(Classifier(network), "Greedy")
     learner.build(torch.randn(4, D))
     learner.local_modules[0](torch.randn(3, D))
-    network.other = network.alpha = 0.5
-    with pytest.raises(ValueError, match=r"alpha of Net was 1.0, .* now it is 0.5: .* buffer"):
+    network.other = 0.5
+    learner.local_modules[0](torch.randn(3, D))
+    setattr(network, name, after)
+    with pytest.raises(ValueError, match=rf"when {name} of Alpha was .* and now it is .* buffer"):
         learner.local_modules[0](torch.randn(3, D))
 
 
