@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,9 +45,12 @@ def factories_recorded(tracer: fx.Tracer) -> Iterator[None]:
     """Tensors made inside the block become graph nodes, so that they are made in every step."""
     names = (*_FACTORY_NAMES.split(), *_INFO_NAMES)
     originals = {name: getattr(torch, name) for name in names}
+    thread = threading.get_ident()
 
     def recorded(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:  # of a loader, say
+                return function(*args, **kwargs)
             proxies = any(isinstance(each, fx.Proxy) for each in (*args, *kwargs.values()))
             if function in _FACTORIES or proxies:
                 return tracer.create_proxy("call_function", function, args, kwargs)

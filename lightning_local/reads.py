@@ -18,7 +18,10 @@ from torch import fx, nn
 __all__ = ["same_reads", "watched"]
 
 # What they answer or set, a graph doesn't hold.
-_SWITCHES = ("is_grad_enabled", "is_autocast_enabled", "manual_seed")
+_SWITCHES = (
+    *((torch, name) for name in ("is_grad_enabled", "is_autocast_enabled", "manual_seed", "seed")),
+    (torch.random, "manual_seed"),
+)
 _PLAIN = (
     *(int, float, complex, str, type(None), np.generic, torch.dtype, torch.device),
     *(FunctionType, BuiltinFunctionType),
@@ -78,15 +81,15 @@ def watched(
             (nn.Module, "__getattribute__", read),
             (nn.Module, "parameters", parameters),
             (torch.autocast, "__enter__", enter),
-            *((torch, name, _refused(name)) for name in _SWITCHES),
+            *((owner, name, _refused(owner, name)) for owner, name in _SWITCHES),
         ):
             stack.enter_context(mock.patch.object(owner, name, new, create=True))
         yield
 
 
-def _refused(name: str) -> Callable[..., Any]:
+def _refused(owner: Any, name: str) -> Callable[..., Any]:
     """The function for torch and for us; glue may not call it."""
-    function, thread = getattr(torch, name), threading.get_ident()
+    function, thread = getattr(owner, name), threading.get_ident()
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == thread and _of_glue(sys._getframe(1)):

@@ -200,8 +200,7 @@ def trace(
                     graph = tracer.trace(network)
                 if _draws() != draws:
                     raise ValueError(
-                        "random numbers of Python or NumPy would be drawn, or a seed set, once "
-                        "only: use torch.rand"
+                        "random numbers of Python or NumPy would be drawn once only: use torch.rand"
                     )
                 changed = restore_attributes(before)
             restore_attributes(kept)
@@ -247,13 +246,12 @@ def _is_small_part(network: nn.Module, path: str) -> bool:
 
 
 def _draws() -> Any:
-    """The states of the generators of Python, NumPy and torch, as plain types."""
+    """The states of Python's and NumPy's generators, as plain types."""
     numpy: Any = np.random.get_state(legacy=True)
     name, keys, *rest = numpy
-    return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()
+    return random.getstate(), (name, keys.tolist(), *rest)
 
 
 def _set_draws(states: Any) -> None:
     random.setstate(states[0])
     np.random.set_state(states[1])
-    torch.set_rng_state(torch.tensor(states[2], dtype=torch.uint8))

@@ -1,6 +1,7 @@
 """Glue that a body follows in every batch, and parts of a network that are left whole."""
 
 import random
+import threading
 from collections import deque
 from types import SimpleNamespace
 
@@ -251,3 +252,28 @@ def test_a_weights_form_is_read_on_both_sides_of_a_cut(quiet):
     x = torch.randn(3, D)
     assert torch.equal(chain(bodies, x), network(x))
     fit(network, batches(4), quiet, methods.BackLink())
+
+
+def making_tensors(stop, failed):
+    while not stop.is_set():
+        try:
+            with torch.autocast("cpu", enabled=False):
+                assert type(torch.zeros(3).sum().item()) is float
+            assert all(type(p) is nn.Parameter for p in nn.Linear(2, 2).parameters())
+        except Exception as error:
+            failed.append(error)
+
+
+def test_other_threads_go_on_while_a_network_is_traced():
+    stop, failed = threading.Event(), []
+    thread = threading.Thread(target=making_tensors, args=(stop, failed))
+    thread.start()
+    try:
+        for _ in range(3):
+            cut(Net(of_its_device), torch.randn(4, D))
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed
+    assert "__getattribute__" not in vars(nn.Module)
+    assert nn.Module.parameters.__module__ == "torch.nn.modules.module"

@@ -74,7 +74,10 @@ REFUSED = {
     "autocast": (without_autocast, "under torch.autocast"),
     "a question": (lambda self, x: x * (2 if torch.is_grad_enabled() else 1), "is_grad_enabled"),
     "a seed": (under_a_seed, "torch.manual_seed"),
-    "another seed": (lambda self, x: x + torch.random.manual_seed(0).initial_seed(), "a seed set"),
+    "another seed": (
+        lambda self, x: x + torch.random.manual_seed(0).initial_seed(),
+        "calls torch.manual_seed",
+    ),
     "a counter": (counting, "changes Net.calls"),
     "a list": (collecting, "changes Net.found"),
     "large batches": (lambda self, x: x * 2 if x.shape[0] > 16 else x, "size of the batch"),
