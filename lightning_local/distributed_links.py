@@ -216,8 +216,9 @@ class DistributedLinks(InProcessLinks):
         try:
             yield
         except FloatingPointError:
+            # Each waits longer than the one before it, which speaks when its own wait is over.
             if not self.first:
-                self._processes.alarm.await_news()
+                self._processes.alarm.await_news(3.0 * self._processes.stage)
             raise
 
     def add_up(self, counts: torch.Tensor, largest: bool = False) -> torch.Tensor:

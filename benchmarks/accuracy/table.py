@@ -125,7 +125,7 @@ def _draw(found: list[dict[str, Any]]) -> None:
         figure, (memory, cost, depth) = plt.subplots(1, 3, figsize=(16, 4.8))
         for number, each in enumerate(done):
             color = f"C{number % 10}"
-            shape = "o^s"[number // 10 % 3]
+            shape = "os^DvP*Xd<"[number % 10]
             at = (each["peak_bytes"] / reference["peak_bytes"], each["flops"])
             for axes, x in zip((memory, cost), at, strict=True):
                 axes.plot(x, 100 * each["last"], shape, color=color, label=each["method"])
@@ -135,6 +135,8 @@ def _draw(found: list[dict[str, Any]]) -> None:
                 depth.plot(along, [100 * a for a in heads], shape + "-", color=color, markersize=3)
         memory.set_xlabel("peak memory, relative to end to end")
         cost.set_xlabel("FLOPs of a step, relative to end to end")
+        memory.set_xlim(left=0)
+        cost.set_xlim(left=0)
         depth.set_xlabel("depth: share of the local modules")
         depth.axhline(100 * reference["last"], color="0.6", linestyle=":")
         for axes in (memory, cost, depth):
