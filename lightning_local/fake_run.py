@@ -150,10 +150,7 @@ class FakeRun:
         resize: Callable[[torch.Tensor], tuple[int, ...]],
     ) -> None:
         self._network, self._training = network, training
-        self._inputs = [
-            (resize(v), v.dtype, v.device) if isinstance(v, torch.Tensor) else v for v in inputs
-        ]
-        self._plain = [not isinstance(v, torch.Tensor) for v in inputs]
+        self._inputs, self._resize = inputs, resize
         self._forget()
 
     def _forget(self) -> None:
@@ -181,8 +178,10 @@ class FakeRun:
             if self._tensors is None:
                 self._tensors = _fakes(host, self._mode)
             arguments = [
-                v if plain else torch.empty(v[0], dtype=v[1], device=v[2])
-                for v, plain in zip(self._inputs, self._plain, strict=True)
+                torch.empty(self._resize(v), dtype=v.dtype, device=v.device)
+                if isinstance(v, torch.Tensor)
+                else v
+                for v in self._inputs
             ]
             torch.func.functional_call(host, self._tensors, tuple(arguments))
         self._done += [node.name for node in rest]

@@ -51,13 +51,15 @@ def watched(
         path = paths.get(id(module))
         if path is None or name == "training" or threading.get_ident() != thread:
             return value
+        if not isinstance(value, (*_PLAIN, list, tuple, dict)) or not _of_glue(sys._getframe(1)):
+            return value
         own = name in object.__getattribute__(module, "__dict__")
         if isinstance(value, (torch.device, torch.dtype)) and not own:
             for weight, tensor in module.named_parameters(prefix=path):
                 if tensor.is_floating_point() and getattr(tensor, name, None) == value:
                     proxy = tracer.create_proxy("get_attr", weight, (), {})
                     return tracer.create_proxy("call_function", getattr, (proxy, name), {})
-        elif _is_plain(value) and _of_glue(sys._getframe(1)) and (own or value is not None):
+        elif _is_plain(value) and (own or value is not None):
             plain[path, name] = copy.copy(value)
         return value
 
