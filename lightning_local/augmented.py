@@ -108,6 +108,20 @@ def _resize(hidden: torch.Tensor, space: tuple[int, ...]) -> torch.Tensor:
     return pools[len(space) - 1](hidden, space)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _drop_hooks(network: nn.Module) -> None:
+    """Takes the user's hooks off a copy, which would count or log twice; torch's are part of it."""
+    for module in network.modules():
+        for hooks in (getattr(module, name) for name in _HOOKS):
+            for key, hook in list(hooks.items()):
+                kinds = [type(hook), *type(hook).__mro__, hook]
+                homes = [str(getattr(kind, "__module__", "")) for kind in kinds]
+                if not any(home.startswith("torch.") for home in homes):
+                    del hooks[key]
+
+
 class UnitCopy(nn.Module):
     """A unit with parameters of its own: the network's code on copies of the modules it uses.
 
@@ -134,6 +148,7 @@ class UnitCopy(nn.Module):
                 setattr(owner, name, duplicate)
             else:
                 owner.register_buffer(name, duplicate)
+        _drop_hooks(self.network)
         self._codes: dict[bool, Code] = unit.codes
         for parameter in self.network.parameters():
             parameter.requires_grad_(True)

@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
@@ -33,6 +34,15 @@ from lightning_local.local_module import LocalModule
 from lightning_local.message import Message
 
 __all__ = ["BatchLoop"]
+
+
+def _apart(hidden: torch.Tensor) -> torch.Tensor:
+    """The hidden state without its graph; a copy of a view of a weight, which k is going to step.
+
+    Learned queries are such a view.
+    """
+    base = hidden._base if hidden._is_view() else hidden
+    return hidden.detach().clone() if isinstance(base, nn.Parameter) else hidden.detach()
 
 
 class BatchLoop(ABC):
@@ -129,7 +139,7 @@ class BatchLoop(ABC):
                     output = None
                 for i in module.body.views:  # the step changes the weights before others read them
                     carried[i] = tree_map_only(torch.Tensor, torch.clone, carried[i])
-                sent = (hidden.detach(), *carried)
+                sent = (_apart(hidden), *carried)
         if isinstance(output, torch.Tensor):
             output = output.detach()
         work = Work(

@@ -61,7 +61,7 @@ def _load_code(source: str, names: dict[str, Any], modules: dict[str, str]) -> C
     return Code(source, {**names, **imported})
 
 
-def slice_code(trace: Trace, start: int, stop: int) -> tuple[Code, list[str]]:
+def slice_code(trace: Trace, start: int, stop: int) -> tuple[Code, list[str], list[str]]:
     """Code for the nodes after `start` up to and including `stop`.
 
     Args:
@@ -71,8 +71,8 @@ def slice_code(trace: Trace, start: int, stop: int) -> tuple[Code, list[str]]:
 
     Returns:
         The code, which takes `(hidden, *carried)` (the network's inputs for the first slice) and
-        returns the same for the next slice, the last one the network's output; and the names of
-        the parameters, buffers and modules it uses.
+        returns the same for the next slice, the last one the network's output; the names of the
+        parameters, buffers and modules it uses; and of those of which it takes the form alone.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -106,7 +106,7 @@ def slice_code(trace: Trace, start: int, stop: int) -> tuple[Code, list[str]]:
     inside = set(trace.nodes[start + 1 : stop + 1])
     form = {str(n.target) for n in env if n.op == "get_attr" and not _is_read(n, inside)}
     names = [name for name in dict.fromkeys(used) if name not in form]
-    return Code(code.src, dict(code.globals)), names
+    return Code(code.src, dict(code.globals)), names, sorted(form)
 
 
 def _is_read(node: fx.Node, inside: set[fx.Node]) -> bool:
@@ -145,6 +145,8 @@ class Body(nn.Module):
         overwrites: Whether it changes any of the values it takes in place.
         plain: What glue read of plain attributes in each mode; the first body's is all of it.
         views: Which of the values that ride on, counted from 0, are views of its parameters.
+        changes: Buffers that it changes in train mode, as a trial run has shown.
+        forms: Parameters and buffers whose shape, type or device its code asks for.
         num_inputs: Number of values it takes.
         num_carried: Number of values it takes besides the hidden state.
         out_features: Features of the network's output, for the body that makes it.
@@ -174,8 +176,15 @@ class Body(nn.Module):
         self.in_place = self.overwrites = False
         self.num_inputs = self.num_carried = 0
         self.views: tuple[int, ...] = ()
+        self.forms: tuple[str, ...] = ()
+        self.changes: tuple[str, ...] = ()
         self.plain: dict[bool, dict[tuple[str, str], Any]] = {True: {}, False: {}}
         self.out_features: int | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The network it runs on."""
+        return self._network[0]
 
     def forward(self, *values: Any) -> Any:
         """Runs the slice.
@@ -258,10 +267,18 @@ class Body(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The network's own buffers that belong to this body, under the network's names."""
+        """The network's own buffers that belong to this body, under the network's names.
+
+        Those too that its layers have made since the network was cut.
+        """
         network = self._network[0]
-        for name in self.buffer_names:
-            yield (f"{prefix}.{name}" if prefix else name), network.get_buffer(name)
+        layers = [(p, o) for p in self.used if isinstance(o := self.original(p), nn.Module)]
+        made = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
+        for name in dict.fromkeys((*self.buffer_names, *made)):
+            owner, _, own = name.rpartition(".")
+            buffer = getattr(network.get_submodule(owner), own, None)
+            if isinstance(buffer, torch.Tensor):
+                yield (f"{prefix}.{name}" if prefix else name), buffer
 
     def tail(self, length: int | None) -> list[nn.Parameter]:
         """Parameters of the last `length` units that are trained; None means the whole body."""

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_local.arguments import recompute_modes
 from lightning_local.body import prediction
 from lightning_local.cutting import Cutter, Cutting
-from lightning_local.examples import outputs_behind, parts_outside
+from lightning_local.examples import follows, outputs_behind, parts_outside
 from lightning_local.fakes import convert_fakes, faking
 from lightning_local.local_module import LocalModule
 from lightning_local.methods.base import LocalMethod
@@ -180,10 +180,12 @@ def builder_of(learner: LocalLearner, inputs: Any, partition: Partition, seed: i
     )
     # A part outside may be a classifier, or a teacher or a decoder beside the network, and nothing
     # but a step of the user's would tell. With as many outputs as the user says there are classes,
-    # the network's own is the prediction.
+    # the network's own is the prediction, unless forward makes something of it.
     output = prediction(builder.cutter.output)
     width = output.shape[-1] if isinstance(output, torch.Tensor) and output.ndim else None
-    builder.followed = bool(parts_outside(learner)) and width != learner.out_features
+    builder.followed = bool(parts_outside(learner)) and (
+        width != learner.out_features or follows(learner, builder.inputs)
+    )
     return builder
 
 

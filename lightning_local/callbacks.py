@@ -133,7 +133,9 @@ class LocalSummary(pl.Callback):
 
     def _start(self, learner: LocalLearner | None) -> None:
         if self.head_accuracy and learner is not None and learner.num_modules > 1:
-            learner.head_accuracy = HeadAccuracy(learner.num_modules, learner.device)
+            learner.head_accuracy = HeadAccuracy(
+                learner.num_modules, learner.device, learner._criterion[0]
+            )
 
     def _stop(self, learner: LocalLearner | None, stage: str, *, log: bool) -> None:
         if learner is None or learner.head_accuracy is None:
@@ -231,7 +233,6 @@ class Restore(pl.Callback):
         """Undoes what `setup` and `teardown` undo in a run that ends well."""
         learner = _learner_or_none(pl_module)
         if learner is not None:
-            learner.flags.give_back(trainer)
             learner.release()
         self._undo()
 

@@ -69,9 +69,15 @@ class Outbox:
         self._thread = threading.Thread(target=self._run, name=f"to {name}", daemon=True)
         self._thread.start()
 
-    def put(self, obj: Any, batch: Any = None, hidden: Collection[int] = ()) -> None:
+    def put(
+        self,
+        obj: Any,
+        batch: Any = None,
+        hidden: Collection[int] = (),
+        fresh: Collection[int] | None = None,
+    ) -> None:
         """Hands an object and a batch over (see `pack`); they are sent in the background."""
-        packed = pack(obj, batch, hidden)
+        packed = pack(obj, batch, hidden, fresh)
         wait_for(
             lambda seconds: self._free.acquire(timeout=seconds),
             self._look,

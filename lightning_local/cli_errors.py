@@ -98,8 +98,15 @@ _UNKNOWN = (
 )
 
 
+# A class's options stood beside its `class_path`, or there was no `class_path`: jsonargparse takes
+# them for those of the class that any such value has.
+_NO_INIT_ARGS = r"Option 'class_path' is not|class_path 'lightning\.Lightning(Data)?Module'"
+
+
 def _suggestion(message: str) -> str:
     """The name closest to one that a message calls unknown, or those that there are."""
+    if re.search(_NO_INIT_ARGS, message):
+        return "A class is given as {class_path: package.Class, init_args: {its options}}.\n"
     names = sorted({*kinds(), *(name for kind in kinds().values() for name in options_of(kind))})
     for word in (found for pattern in _UNKNOWN for found in re.findall(pattern, message)):
         last = word.rpartition(".")[2]

@@ -62,7 +62,9 @@ class BackwardLink(Coupling):
         if work.input is None:
             return None
         error, work.input.grad = work.input.grad, None
-        return error if error is None else unscaled(error.detach(), work.scale)
+        if error is None:  # the body detaches what it gets
+            return torch.zeros_like(work.input)
+        return unscaled(error.detach(), work.scale)
 
     def link(self, work: Work, error: torch.Tensor) -> None:
         """Adds weight * error * d x_k / d theta to the gradients of the tail."""

@@ -111,7 +111,10 @@ class DistributedLinks(InProcessLinks):
         assert self._to_next is not None
         parts = (message.values, message.target, message.input, message.gradient)
         head = (self.where, self.stop, _BATCH, message.batch_idx)
-        self._to_next.put((*head, parts), message.batch, self._hidden)
+        # What the user's loader and buffers hold may be overwritten; what was computed is not.
+        computed = (*message.values[:1], message.gradient) if self.first else None
+        fresh = None if computed is None else frozenset(map(id, computed))
+        self._to_next.put((*head, parts), message.batch, self._hidden, fresh)
         self._hidden = frozenset()
 
     def fetch(self) -> Any:

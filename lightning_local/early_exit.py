@@ -15,6 +15,7 @@ from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_local.exits import ExitRecord, Exits, largest_probability
+from lightning_local.objectives import ignored_index
 from lightning_local.ranges import number
 from lightning_local.substitute import in_order, replaced
 from lightning_local.tables import print_table
@@ -55,8 +56,7 @@ class EarlyExit(pl.Callback):
     Validation and training don't change.
 
     The network has to return `(N, C)`, and to compute samples independently, as networks in eval
-    mode do; tensors that go along with the hidden state are taken to be per sample if their first
-    dimension is N. Several stages (`LocalParallelStrategy`) can't exit early.
+    mode do. Several stages (`LocalParallelStrategy`) can't exit early.
 
     Args:
         threshold: From 0 to 1; 1 runs the whole network, and its output is that of a plain run, bit
@@ -172,6 +172,7 @@ class EarlyExit(pl.Callback):
             self.threshold,
             self.confidence or largest_probability,
             record,
+            ignored_index(learner._criterion[0]),
         )
         network = learner.network
         forward = network.forward
@@ -245,6 +246,12 @@ def _check(learner: LocalLearner, own_confidence: bool) -> None:
             f"EarlyExit needs heads that predict, and {type(learner.method).__name__} with "
             f"{learner.num_modules} local modules has none: use a method such as AugLocal, or "
             "leave the callback out."
+        )
+    if modules[-1].followed:
+        raise ValueError(
+            f"EarlyExit ends the network that is cut, {learner.network_name!r}, and other layers "
+            "make the prediction from its output: wrap the module with network='.', or leave the "
+            "callback out."
         )
     output = learner.cutting.output
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else None

@@ -6,8 +6,12 @@ network's input whatever the batch looks like; and on the last stage, with the n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_local.links import Links
 from lightning_local.message import Message
@@ -16,7 +20,7 @@ from lightning_local.substitute import Substitute, inputs_of_call, replaced
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["AtLastStage", "BatchStart", "evaluate"]
+__all__ = ["AtLastStage", "BatchStart", "evaluate", "no_stop"]
 
 
 def evaluate(learner: LocalLearner, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -36,9 +40,18 @@ def evaluate(learner: LocalLearner, step: Callable[..., Any], args: tuple[Any, .
     links, modules = learner.links, learner.modules_in_order()
     counts = learner.head_accuracy
     if links.first:
-        inputs = inputs_of_call(learner.network, lambda: step(*args)) or ()
+        originals: dict[int, torch.Tensor] = {}
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            copy = tensor.clone()
+            originals[id(copy)] = tensor
+            return copy
+
+        # The step runs once more on the last stage, and it may change its batch.
+        batch = apply_to_collection(args[0], torch.Tensor, copied)
+        inputs = inputs_of_call(learner.network, lambda: step(batch, *args[1:])) or ()
         target = learner.unpack(args[0])[1] if counts is not None else None
-        links.hide(inputs)
+        links.hide([originals.get(id(value), value) for value in inputs])
         links.send(0, Message(inputs, target, args[0], 0))
     for k in links.owned(len(modules)):
         module, message = modules[k], links.receive(k)
@@ -85,11 +98,39 @@ class AtLastStage:
 
     def __init__(self, learner: LocalLearner, name: str) -> None:
         self._learner = learner
+        self._name = name
         self.__wrapped__ = getattr(learner.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs it on the last stage."""
-        return self.__wrapped__(*args, **kwargs) if self._learner.links.last else None
+        if not self._learner.links.last:
+            return None
+        if self._name != "on_train_batch_end":
+            return self.__wrapped__(*args, **kwargs)  # the others will hear of it at the end
+        with no_stop(self._learner, self._name):
+            return self.__wrapped__(*args, **kwargs)
+
+
+@contextmanager
+def no_stop(learner: LocalLearner, where: str) -> Iterator[None]:
+    """Refuses an end of training that the other stages would not hear of.
+
+    Args:
+        learner: Its links say whether there are any.
+        where: What runs on the last stage alone.
+
+    Raises:
+        ValueError: It set `trainer.should_stop`.
+    """
+    trainer = learner.trainer
+    before = trainer.should_stop
+    yield
+    if trainer.should_stop and not before and not learner.links.first:
+        raise ValueError(
+            f"{where} set trainer.should_stop, and it runs on the last stage alone, while the "
+            "others are at later batches: set it in on_validation_epoch_end, on_train_epoch_end or "
+            "in a callback, all of which every stage hears of."
+        )
 
 
 class BatchStart:

@@ -7,7 +7,7 @@ generators make.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "batch_size",
     "example_inputs",
+    "follows",
     "let_go",
     "outputs_behind",
     "parts_outside",
@@ -105,14 +106,34 @@ def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None
     Raises:
         ValueError: Something follows, and the module's forward does not tell what comes out.
     """
-    module, network, others = learner.module, learner.network, parts_outside(learner)
+    others = parts_outside(learner)
     if not others or not learner.default_criterion:
         return None
-    shapes = on_fakes(network, lambda host, *values: host(*values), inputs, False)
+    output = _behind(learner, inputs)
+    if isinstance(output, torch.Tensor) and output.ndim in (2, 3):
+        return output.shape[-1]
+    raise ValueError(
+        f"network={learner.network_name!r} is not all of {type(learner.module).__name__}, which "
+        f"has parameters in {', '.join(others)} too, so the size of its output need not be the "
+        "number of classes: pass LocalLearner(out_features=...), the outputs of the heads."
+    )
+
+
+def follows(learner: LocalLearner, inputs: Sequence[Any]) -> bool:
+    """Whether the user's forward, as far as it can be run, makes something of the output."""
+    return bool(parts_outside(learner)) and _behind(learner, inputs) is not None
+
+
+def _behind(learner: LocalLearner, inputs: Sequence[Any]) -> Any:
+    """What the user's forward makes of zeros in the place of the network's output.
+
+    None where it fails, or returns them: then whatever follows is not in forward.
+    """
+    module, network = learner.module, learner.network
+    shapes = on_fakes(network, lambda host, *values: host(*values), list(inputs), False)
     zeros = tree_map_only(
         torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), shapes
     )
-    output: Any = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return zeros
@@ -126,15 +147,9 @@ def outputs_behind(learner: LocalLearner, inputs: tuple[Any, ...]) -> int | None
         ):
             output = module.forward(*inputs)
     except Exception as error:
-        _logger.info("the user's forward did not run for the heads' size: %s", error)
-    # The network's own output: whatever follows is not in forward.
-    if isinstance(output, torch.Tensor) and output is not zeros and output.ndim in (2, 3):
-        return output.shape[-1]
-    raise ValueError(
-        f"network={learner.network_name!r} is not all of {type(module).__name__}, which has "
-        f"parameters in {', '.join(others)} too, so the size of its output need not be the number "
-        "of classes: pass LocalLearner(out_features=...), the number of outputs of the heads."
-    )
+        _logger.info("the user's forward did not run behind the network: %s", error)
+        return None
+    return None if output is zeros else output
 
 
 def let_go(trainer: Any) -> None:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from lightning_local.fake_run import on_fakes
 from lightning_local.local_module import LocalModule
-from lightning_local.metrics import countable
+from lightning_local.metrics import countable, counted
 
 __all__ = ["ExitRecord", "Exits", "largest_probability"]
 
@@ -79,6 +81,47 @@ def first_sure(confidences: torch.Tensor, threshold: float) -> torch.Tensor:
     return sure.to(torch.uint8).argmax(0)
 
 
+def growing(modules: Sequence[LocalModule], inputs: Sequence[Any]) -> list[list[bool]]:
+    """What crosses each cut and has a row per sample, among its leaves.
+
+    A mask `(T, T)` has none, though there may be T samples: the bodies are run on fakes of two and
+    three batches behind each other.
+
+    Raises:
+        ValueError: The inputs don't tell either.
+    """
+    if all(module.body.num_carried == 0 for module in modules[1:]):
+        return [[True]] * (len(modules) - 1)
+    network = modules[0].body.network
+    size = inputs[0].shape[0]
+
+    def run(host: nn.Module, *values: Any) -> list[list[Any]]:
+        found, now = [], values
+        for module in modules[:-1]:
+            now = module.body(*now)
+            found.append([getattr(leaf, "shape", None) for leaf in tree_leaves(now)])
+        return found
+
+    def times(value: Any, n: int) -> Any:
+        rows = isinstance(value, torch.Tensor) and value.shape[:1] == (size,)
+        return torch.cat([value] * n) if rows else value
+
+    try:
+        once, more = (
+            on_fakes(network, run, [times(value, n) for value in inputs], training=False)
+            for n in (2, 3)
+        )
+    except Exception as error:
+        raise ValueError(
+            f"EarlyExit can't tell which of the network's inputs have a row per sample in a batch "
+            f"of {size} ({error}): use another batch size."
+        ) from error
+    return [
+        [bool(a) and bool(b) and a[0] != b[0] for a, b in zip(before, after, strict=True)]
+        for before, after in zip(once, more, strict=True)
+    ]
+
+
 class Exits:
     """Stands in for the network's forward.
 
@@ -89,6 +132,7 @@ class Exits:
         confidence: Of logits.
         record: Runs every exit on every sample, and keeps what they say; else samples that left
             are not computed further.
+        ignored: Targets that are not counted, besides negative ones.
 
     Attributes:
         counts: How many samples left at each local module, K numbers.
@@ -102,7 +146,9 @@ class Exits:
         threshold: float,
         confidence: Confidence = largest_probability,
         record: bool = False,
+        ignored: int = -100,
     ) -> None:
+        self._ignored = ignored
         self._modules, self._threshold, self._confidence = modules, threshold, confidence
         self._classes = classes
         last = len(modules) - 1
@@ -110,6 +156,18 @@ class Exits:
         self.record = ExitRecord(exits) if record else None
         self.counts = [0] * len(modules)
         self.target: Any = None
+        self._per_sample: list[list[bool]] = []
+
+    def _of_samples(self, k: int, values: Any, kept: torch.Tensor) -> Any:
+        """What crosses the cut behind k, of some of the samples; what is not per sample stays."""
+        leaves, form = tree_flatten(values)
+        return tree_unflatten(
+            [
+                leaf[kept] if per_sample and leaf.shape[:1] == kept.shape else leaf
+                for leaf, per_sample in zip(leaves, self._per_sample[k], strict=True)
+            ],
+            form,
+        )
 
     def __call__(self, *values: Any) -> torch.Tensor:
         """The network's positional inputs to `(N, C)`: each sample's row is its exit's.
@@ -119,7 +177,11 @@ class Exits:
         """
         if self._modules[0].body.in_place:
             values = (values[0].clone(), *values[1:])
-        return self._leaving(values) if self.record is None else self._recording(values)
+        if self.record is not None:
+            return self._recording(values)
+        if not self._per_sample:
+            self._per_sample = growing(self._modules, values)
+        return self._leaving(values)
 
     def _leaving(self, values: tuple[Any, ...]) -> torch.Tensor:
         result: torch.Tensor | None = None
@@ -149,7 +211,8 @@ class Exits:
             result[rows[sure]] = logits[sure].to(result.dtype)
             if left == len(sure):
                 return result
-            rows, values = rows[~sure], _rows(values, ~sure)
+            rows = rows[~sure]
+            values = self._of_samples(k, values, ~sure)
         raise AssertionError("the last local module has no head")
 
     def _recording(self, values: tuple[Any, ...]) -> torch.Tensor:
@@ -167,7 +230,7 @@ class Exits:
         target, hits = self.target, None
         if countable(found[-1], target):
             hits = torch.stack([logits.argmax(-1) == target for logits in found]).double()
-            hits[:, target < 0] = torch.nan
+            hits[:, ~counted(target, self._ignored)] = torch.nan
         self.record.add(confidences, hits)
         taken = first_sure(confidences, self._threshold)
         for k, count in zip(self.record.exits, taken.bincount(minlength=len(found)), strict=True):
@@ -186,12 +249,3 @@ class Exits:
             f"and got {form}: wrap the module so that the network gives the logits (network='.'), "
             "or leave the callback out."
         )
-
-
-def _rows(values: Any, kept: torch.Tensor) -> Any:
-    """Values of some of the samples; what is not per sample stays."""
-
-    def chosen(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[kept] if tensor.ndim and tensor.shape[0] == len(kept) else tensor
-
-    return tree_map_only(torch.Tensor, chosen, values)

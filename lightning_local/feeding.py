@@ -103,7 +103,8 @@ def _is_certain(loader: Any) -> bool:
         return False
     if type(loader.sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
         return False
-    return type(loader.batch_sampler) is BatchSampler
+    own = type(loader).__iter__ is not DataLoader.__iter__  # of a subclass: it may stop early
+    return type(loader.batch_sampler) is BatchSampler and not own
 
 
 def feed(loader: Any, processes: Processes) -> Any:

@@ -51,6 +51,12 @@ class GatheringStrategy(MeshStrategy):
         self._holdings.collect()
         return super().lightning_module_state_dict() if self.is_global_zero else {}
 
+    def share_weights(self) -> None:
+        """Gives every process the whole network."""
+        assert self._holdings is not None
+        self._holdings.make_replicas_alike(buffers_alone=True)
+        self._holdings.share()
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of a local module's optimizer on rank 0, nothing elsewhere."""
         if isinstance(optimizer, LightningOptimizer):

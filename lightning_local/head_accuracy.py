@@ -8,7 +8,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_local.links import Links
-from lightning_local.metrics import countable, hits
+from lightning_local.metrics import countable, counted, hits
+from lightning_local.objectives import ignored_index
 from lightning_local.wrapping import as_inputs
 
 if TYPE_CHECKING:
@@ -23,16 +24,18 @@ class HeadAccuracy:
     Args:
         num_modules: K.
         device: Where the modules run.
+        criterion: The heads' task loss, which may ignore targets.
     """
 
-    def __init__(self, num_modules: int, device: torch.device) -> None:
+    def __init__(self, num_modules: int, device: torch.device, criterion: Any = None) -> None:
+        self._ignored = ignored_index(criterion)
         self._counts = torch.zeros(2, num_modules, dtype=torch.int64, device=device)
 
     def update(self, k: int, output: Any, target: Any) -> None:
         """Counts one batch of module k."""
         if countable(output, target):
-            self._counts[0, k] += hits(output[None], target)[0]
-            self._counts[1, k] += (target >= 0).sum()
+            self._counts[0, k] += hits(output[None], target, self._ignored)[0]
+            self._counts[1, k] += counted(target, self._ignored).sum()
 
     def compute(self, links: Links) -> torch.Tensor:
         """Accuracies `(K,)` in [0, 1], of all stages; NaN where nothing could be counted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,6 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_local.placement import extra_states, owners, tensors_per_module
 from lightning_local.processes import Processes
 from lightning_local.replicas import Replicas
-from lightning_local.transport import fill, flat_bytes
 
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
@@ -46,17 +45,40 @@ class Holdings:
         self._stages = stages
         self._replicas = replicas
         self._guarded: nn.Module | None = None
+        self._shared = False
 
-    def _tensors(self) -> list[list[torch.Tensor]]:
+    def _tensors(self) -> list[dict[str, torch.Tensor]]:
         # Asked for each time: buffers are other objects once they are on another device.
         return tensors_per_module(self._learner)
+
+    def _state(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Copies in the host's memory, and which of them are buffers that are not saved."""
+        private = []
+        for name in tensors:
+            path, _, own = name.rpartition(".")
+            if own in self._learner.get_submodule(path)._non_persistent_buffers_set:
+                private.append(name)
+        return {"tensors": {n: t.detach().cpu() for n, t in tensors.items()}, "private": private}
+
+    def _put(self, state: Mapping[str, Any]) -> None:
+        """Puts another process's tensors in place; buffers may have been made there, or grown."""
+        for name, tensor in state["tensors"].items():
+            path, _, own = name.rpartition(".")
+            module = self._learner.get_submodule(path)
+            here = getattr(module, own, None)
+            if isinstance(here, torch.Tensor) and _fits(here, tensor):
+                with torch.no_grad():
+                    here.copy_(tensor)
+            else:
+                module.register_buffer(own, tensor, persistent=name not in state["private"])
 
     def guard(self) -> None:
         """Metrics are those of the replicas; the whole network can't be called.
 
         Only this stage's weights are current, and others' would give wrong numbers in silence.
         """
-        sync_metrics(self._learner, self._processes)
+        sync_metrics(self._processes)
+        self._shared = False
         network, processes = self._learner.network, self._processes
         if processes.num_stages == 1 or "forward" in vars(network):
             return
@@ -75,7 +97,7 @@ class Holdings:
 
     def unguard(self) -> None:
         """Everything is as before."""
-        unsync_metrics(self._learner)
+        unsync_metrics()
         if self._guarded is not None:
             self._guarded.__dict__.pop("forward", None)
             self._guarded = None
@@ -86,10 +108,11 @@ class Holdings:
             return
         owned = self._stages[self._processes.stage]
         tensors = self._tensors()
-        needed = {id(t) for k in owned for t in tensors[k]}
+        needed = {id(t) for k in owned for t in tensors[k].values()}
         modules = self._learner.modules_in_order()
         for k in owned if modules else ():
-            needed |= {id(t) for t in modules[k].body.buffers()}
+            body = modules[k].body
+            needed |= {id(t) for t in (*body.buffers(), *map(body.original, body.forms))}
         if owned[0] == 0:
             # What transfer hooks may use, which run where the data are.
             known = owners(self._learner)
@@ -103,7 +126,8 @@ class Holdings:
             return
         tensors = self._tensors()
         for k in self._stages[self._processes.stage]:
-            chosen = [t for t in tensors[k] if not (buffers_alone and isinstance(t, nn.Parameter))]
+            every = tensors[k].values()
+            chosen = [t for t in every if not (buffers_alone and isinstance(t, nn.Parameter))]
             self._replicas.copy_first(chosen)
 
     def collect(self) -> None:
@@ -113,10 +137,10 @@ class Holdings:
         for s, owned in enumerate(self._stages):
             source = processes.rank_of(s, 0)
             for k in owned if source else ():
-                if processes.rank == source:
-                    processes.send(flat_bytes(tensors[k]), 0)
-                elif processes.rank == 0:
-                    fill(tensors[k], _received(tensors[k], processes, source))
+                mine = self._state(tensors[k]) if processes.rank == source else None
+                theirs = processes.to_writer(mine, source)
+                if theirs is not None:
+                    self._put(theirs)
         if extra is not None:
             found = processes.gather(extra)
             for states in found or ():
@@ -130,18 +154,18 @@ class Holdings:
         return processes.to_writer(mine, processes.rank_of(stage, 0)) or {}
 
     def share(self) -> None:
-        """Brings all stages' weights to all processes: each then has the trained network."""
+        """Brings all stages' weights to all processes, once: each then has the trained network."""
+        if self._shared:
+            return
+        self._shared = True
         processes, tensors = self._processes, self._tensors()
         for s, owned in enumerate(self._stages):
             source = processes.rank_of(s, 0)
             for k in owned:
-                if processes.rank == source:
-                    data = flat_bytes(tensors[k])
-                else:
-                    data = torch.empty(_size(tensors[k]), dtype=torch.uint8)
-                processes.spread(data, source)
+                mine = self._state(tensors[k]) if processes.rank == source else None
+                theirs = processes.spread(mine, source)
                 if s != processes.stage:
-                    fill(tensors[k], data)
+                    self._put(theirs)
         extra = self._extra_states()
         if extra is not None:
             for s in range(len(self._stages)):
@@ -160,14 +184,11 @@ class Holdings:
             self._learner.get_submodule(name).set_extra_state(state)
 
 
-def _size(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _received(tensors: Sequence[torch.Tensor], processes: Processes, source: int) -> torch.Tensor:
-    data = torch.empty(_size(tensors), dtype=torch.uint8)
-    processes.receive(data, source)
-    return data
+def _fits(here: torch.Tensor, there: torch.Tensor) -> bool:
+    """Whether one can be copied into the other: not with several numbers in one place."""
+    if here.layout != torch.strided or here.shape != there.shape or here.dtype != there.dtype:
+        return False
+    return torch.empty_like(here, device="meta").stride() == here.stride()
 
 
 def _move(module: nn.Module, needed: set[int], device: torch.device) -> None:
@@ -190,9 +211,10 @@ def _move(module: nn.Module, needed: set[int], device: torch.device) -> None:
 
 
 # torchmetrics asks all processes as soon as there is a process group, and only the last stage's
-# replicas have the same metrics. A module's function rather than a group in each metric, since
-# metrics are copied.
+# replicas have the same metrics. It is its class that is told, for as long as a run lasts: a metric
+# may be made in a hook, or be no submodule.
 _data_group: Any = None
+_own_sync = torchmetrics.Metric.sync
 
 
 def _over_replicas(tensor: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
@@ -203,21 +225,30 @@ def _replicated() -> bool:
     return _data_group is not None
 
 
-def sync_metrics(learner: nn.Module, processes: Processes) -> None:
-    """Lets metrics of the user's module be computed over the replicas of a stage."""
+def _sync(
+    self: torchmetrics.Metric,
+    dist_sync_fn: Any = None,
+    process_group: Any = None,
+    should_sync: bool = True,
+    distributed_available: Any = None,
+) -> None:
+    if distributed_available is None:
+        distributed_available = self.distributed_available_fn
+    if distributed_available is jit_distributed_available:
+        distributed_available = _replicated
+    dist_sync_fn = dist_sync_fn or _over_replicas
+    _own_sync(self, dist_sync_fn, process_group, should_sync, distributed_available)
+
+
+def sync_metrics(processes: Processes) -> None:
+    """Lets metrics be computed over the replicas of a stage."""
     global _data_group
     _data_group = processes.data_group if processes.num_replicas > 1 else None
-    for module in learner.modules():
-        if isinstance(module, torchmetrics.Metric):
-            module.dist_sync_fn = _over_replicas
-            module.distributed_available_fn = _replicated
+    torchmetrics.Metric.sync = _sync  # type: ignore[method-assign]
 
 
-def unsync_metrics(learner: nn.Module) -> None:
+def unsync_metrics() -> None:
     """Metrics are again as torchmetrics makes them."""
     global _data_group
     _data_group = None
-    for module in learner.modules():
-        if isinstance(module, torchmetrics.Metric) and module.dist_sync_fn is _over_replicas:
-            module.dist_sync_fn = None
-            module.distributed_available_fn = jit_distributed_available
+    torchmetrics.Metric.sync = _own_sync  # type: ignore[method-assign]

@@ -106,12 +106,11 @@ _REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
 }
 
 
-def check_callbacks(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:
+def check_callbacks(callbacks: Iterable[pl.Callback]) -> None:
     """Refuses callbacks of Lightning's that can't work with an optimizer per local module.
 
     Args:
         callbacks: The Trainer's.
-        module: The user's module.
 
     Raises:
         ValueError: Names the callback, the reason and what to do instead.
@@ -121,14 +120,6 @@ def check_callbacks(callbacks: Iterable[pl.Callback], module: pl.LightningModule
             if isinstance(callback, kind):
                 raise ValueError(
                     f"{type(callback).__name__} does not work with LocalLearner: {reason}."
-                )
-        if isinstance(callback, pl_callbacks.BatchSizeFinder):
-            name = callback._batch_arg_name
-            if name not in module.hparams and hasattr(module, name):
-                raise ValueError(
-                    f"BatchSizeFinder would set {name!r} of the LocalLearner, which your "
-                    f"{type(module).__name__} does not see: call save_hyperparameters() and use "
-                    f"self.hparams.{name}, or keep it in the datamodule."
                 )
 
 

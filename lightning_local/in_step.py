@@ -80,8 +80,21 @@ class InStep(pl.Callback):
                 callback._last_global_step_saved = trainer.global_step
                 say_nothing_is_saved(callback.dirpath)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Brings the trained network to all, for callbacks that export it."""
+        strategy: Any = trainer.strategy
+        strategy.share_weights()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Shares what the last stage has logged, for callbacks that read it here."""
+        share_metrics(trainer, self._links)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Shares what the last stage has logged."""
+        share_metrics(trainer, self._links)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Shares what the last stage's hooks have logged since."""
         share_metrics(trainer, self._links)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -27,7 +27,6 @@ from lightning_local.links import InProcessLinks
 from lightning_local.local_module import LocalModule
 from lightning_local.loop import TrainingLoop
 from lightning_local.methods import LocalMethod
-from lightning_local.optim import TrainerFlags
 from lightning_local.partition import Partition, check_names
 from lightning_local.publisher import share_metrics
 from lightning_local.randomness import Streams
@@ -122,7 +121,6 @@ class LocalLearner(Wrapper):
         self.num_modules = 1 if end_to_end else 0  # 0 until the network is cut
         self.loop: TrainingLoop | None = None
         self.head_accuracy: HeadAccuracy | None = None
-        self.flags = TrainerFlags()
         self.configs: list[LRSchedulerConfig] = []
         self.resumed = state.Resumed()
         self._given_optimizer: Callable[[], Any] | None = None
@@ -145,31 +143,33 @@ class LocalLearner(Wrapper):
             "loop": None,
             "head_accuracy": None,
             "configs": [],
-            "flags": TrainerFlags(),
         }
         return {**super().__getstate__(), **run, "links": InProcessLinks()}
 
     def configure_callbacks(self) -> Any:
-        """The user's callbacks and ours; takes over the Trainer's flags (see `TrainerFlags`)."""
+        """The user's callbacks and ours."""
         # A LightningCLI with --optimizer puts its own method on the instance; it is the recipe.
         self._given_optimizer = self.__dict__.pop("configure_optimizers", self._given_optimizer)
         arguments.check_optimizer(self._given_optimizer, self.optimizer_callable)
         added = with_ours(callbacks_of(self.trainer), call_hook(self.module, "configure_callbacks"))
-        hooks.check_callbacks([*callbacks_of(self.trainer), *added], self.module)
-        self.flags.take(self.trainer)
+        hooks.check_callbacks([*callbacks_of(self.trainer), *added])
+        # Until `setup`: the Trainer's check, which runs in between, refuses its flags for clipping
+        # and accumulation with manual optimization, and the loop carries them out.
+        self.automatic_optimization = True
         return added
 
     def release(self) -> None:
         """Takes everything the run hung on the Trainer off again, and drops what a step held."""
         unguard_loading(self.trainer.strategy)
         let_go(self.trainer)
+        self.automatic_optimization = False
         self.head_accuracy = None
         if self.loop is not None:
             self.loop.close()
 
     def setup(self, stage: str) -> None:
         """Cuts the network and makes the heads, before weights and optimizers are restored."""
-        self.flags.give_back(self.trainer)
+        self.automatic_optimization = False
         self.resumed = state.Resumed()
         if not hooks.check_trainer(self.trainer) and self.links.of_strategy:
             self.links = InProcessLinks()
@@ -252,8 +252,8 @@ class LocalLearner(Wrapper):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The user's hook, then clipping: here gradients are unscaled."""
         call_hook(self.module, "on_before_optimizer_step", optimizer)
-        if self.trainer.gradient_clip_val:
-            self.clip_gradients(
+        if self.trainer.gradient_clip_val or is_overridden("clip_gradients", self.module):
+            self.module.clip_gradients(
                 optimizer,
                 gradient_clip_val=self.trainer.gradient_clip_val,
                 gradient_clip_algorithm=self.trainer.gradient_clip_algorithm,

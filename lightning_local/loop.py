@@ -12,12 +12,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_local.batch_loop import BatchLoop
 from lightning_local.compiling import Compiled
 from lightning_local.couplings import Work
+from lightning_local.evaluation import no_stop
 from lightning_local.fake_run import check_real
 from lightning_local.first_batch import check_graph, check_reach, first_loss
 from lightning_local.local_module import LocalModule
 from lightning_local.message import Message
 from lightning_local.meter import existing
 from lightning_local.metrics import LocalMetrics
+from lightning_local.objectives import ignored_index
 from lightning_local.precision import LossScalers, outside_precision
 from lightning_local.publisher import Publisher
 from lightning_local.randomness import set_global_states
@@ -44,11 +46,10 @@ class TrainingLoop(BatchLoop):
 
     def __init__(self, learner: LocalLearner) -> None:
         super().__init__(learner.modules_in_order(), learner.method.coupling, learner.links)
-        self.learner = learner
-        self.trainer = learner.trainer
-        self.device = learner.device
-        self.metrics = LocalMetrics(self.num_modules, self.device)
-        self.scalers = LossScalers(self.trainer, self.num_modules)
+        self.learner, self.trainer, self.device = learner, learner.trainer, learner.device
+        ignored, count = ignored_index(learner._criterion[0]), self.num_modules
+        self.metrics = LocalMetrics(count, self.device, ignored)
+        self.scalers = LossScalers(self.trainer, count)
         self._compiled = Compiled(learner)
         self.stepping = Stepping(learner, self.scalers, self.owned)
         self.watch = Watch(self.trainer, self.num_modules)
@@ -74,6 +75,7 @@ class TrainingLoop(BatchLoop):
         load_waiting_loaders(self.trainer)
         self.scalers.load(resumed.scalers)
         self.schedules.load(resumed.plateau)
+        self.schedules.know(resumed.monitored)
         if resumed.mid_epoch and resumed.random is not None:
             # The iterator existed already, so nothing draws before the next batch.
             set_global_states(resumed.random)
@@ -90,9 +92,12 @@ class TrainingLoop(BatchLoop):
             set_global_states(self._random)
 
     def check_losses(self) -> None:
-        """Raises for a loss that was not finite, unless a loss scaler skips such steps."""
+        """Raises for a loss that was not finite, where no loss scaler skips such steps.
+
+        With one module plain Lightning would go on, and the user may handle it in a hook.
+        """
         with self.links.reasons():
-            self.metrics.check(losses=not self.scalers.scaling)
+            self.metrics.check(losses=self.num_modules > 1 and not self.scalers.scaling)
 
     def close(self) -> None:
         """Takes what the loop hung on the Trainer off it again."""
@@ -117,22 +122,21 @@ class TrainingLoop(BatchLoop):
             return self._run(batch, batch_idx)
 
     def _run(self, batch: Any, batch_idx: int) -> Any:
-        learner = self.learner
-        self.stepping.start(batch_idx)
-        self._random = None
-        self.step_number = learner.batches
+        learner, several = self.learner, self.num_modules > 1
+        with self.outside_precision():
+            self.stepping.start(batch_idx)
+        self._random, self.step_number = None, learner.batches
         if self.links.first:
-            unpacked, target = learner.unpack(batch) if self.num_modules > 1 else ((), None)
+            unpacked, target = learner.unpack(batch) if several else ((), None)
             inputs = as_inputs(unpacked)
             self._expected = Expected.of(inputs)
-            given = inputs[0] if self.num_modules > 1 and learner.method.loss.needs_input else None
+            given = inputs[0] if several and learner.method.loss.needs_input else None
             self.links.hide(inputs)
             self.links.send(0, Message(inputs, target, batch, batch_idx, given))
         self.run_modules()
-        if self._first:
-            self._first = False
-            for module in self.modules:
-                module.trained = True
+        for module in self.modules if self._first else ():
+            module.trained = True
+        self._first = False
         self.stepping.end()
         self.metrics.close_step(learner.batches)
         learner.batches += 1
@@ -186,11 +190,13 @@ class TrainingLoop(BatchLoop):
                     "network that is cut (or called parts of it directly), so nothing would be "
                     "computed twice: call the network, or leave recompute out."
                 )
-            self.stepping.before_backward()
+            with self.outside_precision():
+                self.stepping.before_backward()
             return loss, None
         if self._expected is None:
             self._expected = Expected.of(as_inputs(self.learner.unpack(message.batch)[0]))
         network = Substitute(self.learner.network, run, self._expected, self._first)
+        self.metrics.keep(message.target)
         with network.active():
             loss = self._users_step(message)
         if loss is not None and (self._first or message.batch_idx == 0):
@@ -228,12 +234,9 @@ class TrainingLoop(BatchLoop):
 
     def _users_step(self, message: Message) -> torch.Tensor | None:
         """Runs the user's `training_step` and keeps what it returned, as Lightning hands it on."""
-        loss, result = run_step(
-            self.learner.module.training_step,
-            message.batch,
-            message.batch_idx,
-            may_skip=self.num_modules == 1,
-        )
+        one, step = self.num_modules == 1, self.learner.module.training_step
+        with no_stop(self.learner, "training_step"):
+            loss, result = run_step(step, message.batch, message.batch_idx, may_skip=one)
         window = self.trainer.accumulate_grad_batches
         if loss is not None and window > 1:
             share = loss.detach() / window
@@ -283,10 +286,9 @@ class TrainingLoop(BatchLoop):
 
     def _log_window(self) -> None:
         """Logs and checks the window's means when Lightning's loggers are due."""
-        if not self.trainer._logger_connector.should_update_logs or self.stepping.accumulates:
-            return
-        self.check_losses()
-        self._publish(epoch=False)
+        if self.trainer._logger_connector.should_update_logs and not self.stepping.accumulates:
+            self.check_losses()
+            self._publish(epoch=False)
 
     def log_epoch(self) -> None:
         """Logs the epoch's means of the local metrics."""

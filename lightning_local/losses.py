@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 
-from lightning_local.objectives import Criterion, Loss, Objective, per_item
+from lightning_local.objectives import Criterion, Loss, Objective, own, per_item
 from lightning_local.place import Place
 from lightning_local.reconstruction import InfoPro
 from lightning_local.similarity import PredSim
@@ -29,15 +28,16 @@ class CrossEntropy(Loss):
 
     def build(self, place: Place, criterion: Criterion) -> Objective:
         """Makes the loss; a criterion that is a module is copied, so each has its own buffers."""
-        return _Task(copy.deepcopy(criterion))
+        return _Task(own(criterion), not place.pools)
 
 
 class _Task(Objective):
-    def __init__(self, criterion: Criterion) -> None:
+    def __init__(self, criterion: Criterion, tokens: bool) -> None:
         super().__init__()
         self.criterion = criterion
+        self.tokens = tokens
 
     def forward(
         self, output: torch.Tensor, hidden: torch.Tensor, target: Any, input: Any = None
     ) -> torch.Tensor:
-        return self.criterion(*per_item(output, target))
+        return self.criterion(*per_item(output, target, self.tokens))

@@ -12,7 +12,7 @@ import torch
 
 from lightning_local.substitute import OTHER_INPUT
 
-__all__ = ["LocalMetrics", "countable", "hits"]
+__all__ = ["LocalMetrics", "countable", "counted", "hits"]
 
 
 # Outputs of up to this many numbers wait for the end of the step, to be counted together.
@@ -22,7 +22,10 @@ _ROWS = 64
 
 
 def countable(output: Any, target: Any) -> bool:
-    """Whether these are logits `(N, C)` or `(N, T, V)` with one class index each."""
+    """Whether these are logits `(N, C)` or `(N, T, V)` with one class index each, C and V above 1.
+
+    Not where `(N, T, V)` could as well be torch's `(N, C, T)`.
+    """
     return (
         isinstance(output, torch.Tensor)
         and isinstance(target, torch.Tensor)
@@ -30,15 +33,25 @@ def countable(output: Any, target: Any) -> bool:
         and target.dtype != torch.bool
         and output.ndim in (2, 3)
         and output.shape[:-1] == target.shape
+        and output.shape[-1] > 1
+        and (output.ndim == 2 or output.shape[1] != output.shape[2])
     )
 
 
-def hits(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def counted(target: torch.Tensor, ignored: int = -100) -> torch.Tensor:
+    """Which targets count: not the criterion's `ignore_index`, nor negative ones."""
+    return (target >= 0) if ignored < 0 else (target >= 0) & (target != ignored)
+
+
+def hits(outputs: torch.Tensor, target: torch.Tensor, ignored: int = -100) -> torch.Tensor:
     """Right predictions of each of several modules, `(k,)`, from their logits `(k, N, ..., C)`.
 
-    Negative targets, which cross entropy ignores, are neither right nor counted.
+    Targets that the criterion ignores are neither right nor counted.
     """
-    return (outputs.argmax(-1) == target).flatten(1).sum(1)
+    right = outputs.argmax(-1) == target
+    if ignored >= 0:  # negative ones equal no prediction
+        right &= target != ignored
+    return right.flatten(1).sum(1)
 
 
 def _put(row: torch.Tensor, ks: list[int], values: torch.Tensor) -> None:
@@ -59,10 +72,11 @@ class LocalMetrics:
     Args:
         num_modules: K.
         device: Where the modules run.
+        ignored: The criterion's `ignore_index`.
     """
 
-    def __init__(self, num_modules: int, device: torch.device) -> None:
-        self._k = num_modules
+    def __init__(self, num_modules: int, device: torch.device, ignored: int = -100) -> None:
+        self._k, self._ignored = num_modules, ignored
         # Loss, penalty, right predictions, predictions (MPS has no float64); of steps, of epoch and
         # window.
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -78,6 +92,7 @@ class LocalMetrics:
         self._first_changed = torch.full((), -1, dtype=torch.int64, device=device)
         self._changed: torch.Tensor | None = None
         self._noted: list[tuple[int, torch.Tensor, torch.Tensor | None, Any, Any]] = []
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self,
@@ -113,8 +128,18 @@ class LocalMetrics:
                 counts[kind][k] += 1
 
     def _count_hits(self, ks: list[int], outputs: torch.Tensor, target: torch.Tensor) -> None:
-        self._count(2, ks, hits(outputs, target))
-        _put(self._rows[self._filled, 3], ks, (target >= 0).sum().expand(len(ks)))
+        target = self._as_it_was(target)
+        self._count(2, ks, hits(outputs, target, self._ignored))
+        of_these = counted(target, self._ignored).sum()
+        _put(self._rows[self._filled, 3], ks, of_these.expand(len(ks)))
+
+    def keep(self, target: Any) -> None:
+        """Copies class indices before the user's step, which may edit them in place."""
+        if isinstance(target, torch.Tensor) and not target.is_floating_point():
+            self._kept = (target, target.clone())
+
+    def _as_it_was(self, target: Any) -> Any:
+        return self._kept[1] if self._kept is not None and target is self._kept[0] else target
 
     def note_changed(self, changed: torch.Tensor | None) -> None:
         """Notes whether the user's step changed its input; None if it surely did not."""
@@ -143,7 +168,7 @@ class LocalMetrics:
             if countable(group[0][1], target):
                 outputs = torch.stack([output for _, output, _ in group])
                 self._count_hits([k for k, *_ in group], outputs, target)
-        self._noted = []
+        self._noted, self._kept = [], None
         if self._changed is not None:
             fresh = (self._first_changed < 0) & self._changed
             self._first_changed = self._first_changed.masked_fill(fresh, step)
@@ -168,7 +193,7 @@ class LocalMetrics:
 
     def forget_step(self) -> None:
         """Drops what was noted of a step that did not end."""
-        self._noted, self._changed = [], None
+        self._noted, self._changed, self._kept = [], None, None
 
     def check(self, losses: bool = True) -> None:
         """Raises if something was wrong; reads from the device once.

@@ -6,6 +6,7 @@ of its own (PredSim's projection, InfoPro's decoder); its weights are trained wi
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from lightning_local.place import Place
 
-__all__ = ["Criterion", "Loss", "Objective", "form_of", "ignored_index", "per_item"]
+__all__ = ["Criterion", "Loss", "Objective", "form_of", "ignored_index", "own", "per_item"]
 
 Criterion = Callable[[torch.Tensor, Any], torch.Tensor]
 
@@ -77,24 +78,35 @@ class Loss(ABC):
         """
 
 
-def per_item(output: torch.Tensor, target: Any) -> tuple[torch.Tensor, Any]:
+def own(criterion: Criterion) -> Criterion:
+    """A local module's own criterion: a copy of a module, whose buffers it then has for itself.
+
+    A function stays what it is: what it belongs to, the user's module say, goes on changing.
+    """
+    return copy.deepcopy(criterion) if isinstance(criterion, nn.Module) else criterion
+
+
+def per_item(output: torch.Tensor, target: Any, tokens: bool = True) -> tuple[torch.Tensor, Any]:
     """Joins batch and token dimensions when there is one class index per token.
 
     Args:
         output: Logits `(N, C)`, or `(N, T, V)` per token.
         target: Class indices `(N,)` or `(N, T)`; anything else is passed on.
+        tokens: Whether the head predicts per token. Else an output whose form is also that of
+            `(N, C, ...)`, as torch's criteria take it, is passed on.
 
     Returns:
         `(N * T, V)` and `(N * T,)` for tokens, else both as they came.
     """
-    tokens = (
+    joined = (
         isinstance(target, torch.Tensor)
         and not target.is_floating_point()
         and output.ndim == target.ndim + 1
         and output.ndim > 2
         and output.shape[:-1] == target.shape
+        and (tokens or (output.shape[0], *output.shape[2:]) != target.shape)
     )
-    if tokens:
+    if joined:
         return output.flatten(0, -2), target.flatten()
     return output, target
 

@@ -23,35 +23,21 @@ __all__ = [
     "build_from_callables",
     "clone_per_module",
     "count_once",
-    "TrainerFlags",
     "for_lightning",
     "read_recipe",
     "recipes",
 ]
 
 Recipe = tuple[Optimizer, list[LRSchedulerConfig]]
-
-
-class TrainerFlags:
-    """The Trainer's clipping and accumulation, which Lightning refuses under manual optimization.
-
-    Taken before its check and given back after it; the learner carries them out itself.
-    """
-
-    def __init__(self) -> None:
-        self._taken: tuple[pl.Trainer, Any, int] | None = None
-
-    def take(self, trainer: pl.Trainer) -> None:
-        """Remembers the flags and sets them to what Lightning lets pass."""
-        if self._taken is None or self._taken[0] is not trainer:
-            self._taken = (trainer, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
-        trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
-
-    def give_back(self, trainer: pl.Trainer) -> None:
-        """Sets the flags as the user did."""
-        if self._taken is not None and self._taken[0] is trainer:
-            _, trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._taken
-        self._taken = None
+# Dicts of an optimizer that torch makes anew when it is copied.
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
 
 
 def read_recipe(configured: Any) -> Recipe:
@@ -129,6 +115,9 @@ def clone_per_module(
         own: For each local module its parameters of the user's module.
         heads: For each local module the parameters of its head.
         shared: What schedules may refer to without having a copy: the module, its Trainer.
+
+    Raises:
+        ValueError: It has a scheduler that is not among its schedulers.
     """
     optimizer, configs = recipe
     listed = [p for group in optimizer.param_groups for p in group["params"]]
@@ -138,19 +127,31 @@ def clone_per_module(
     known = set().union(*mine)
     # What the user optimizes outside the wrapped module goes with the last local module.
     mine[-1] |= {id(p) for p in listed if id(p) not in known}
+    if not configs and hasattr(vars(optimizer).get("step"), "_wrapped_by_lr_sched"):
+        raise ValueError(
+            "configure_optimizers of the wrapped module made a scheduler and did not return it, so "
+            "it would go on with an optimizer that steps nothing: every local module has its own. "
+            "Return the scheduler too, and Lightning steps it."
+        )
     clones = []
     for ids, head in zip(mine, heads, strict=True):
         memo: dict[int, Any] = {id(each): each for each in (*listed, *shared)}
         clone, schedulers = copy.deepcopy((optimizer, [c.scheduler for c in configs]), memo)
-        # What torch leaves out when an optimizer is copied: attributes of the user's own class.
+        # What torch leaves out when an optimizer is copied: attributes of the user's own class, and
+        # hooks. The `step` that a scheduler has put there would step the original.
         for name, value in vars(optimizer).items():
-            if name not in vars(clone):
+            if name in _HOOKS:
+                getattr(clone, name).update(value)
+            elif name not in vars(clone) and name != "step":
                 setattr(clone, name, copy.deepcopy(value, memo))
         for group in clone.param_groups:
             kept = [i for i, p in enumerate(group["params"]) if id(p) in ids]
             for key in ("params", "param_names"):
                 if key in group:
                     group[key] = [group[key][i] for i in kept]
+        held = {id(p) for group in clone.param_groups for p in group["params"]}
+        for parameter in [p for p in clone.state if id(p) not in held]:
+            del clone.state[parameter]
         filled = [group for group in clone.param_groups if group["params"]]
         group = (filled or clone.param_groups)[0]
         group["params"].extend(head)
@@ -191,8 +192,8 @@ def build_from_callables(
     """
     recipes = []
     for k, (body, head) in enumerate(zip(own, heads, strict=True)):
-        # A frozen classifier is a local module with nothing to train; optimizers want a parameter.
-        parameters = [p for p in (*body, *head) if p.requires_grad] or [*body, *head]
+        # Frozen ones too: they may be thawed later.
+        parameters = [*body, *head]
         made = optimizer(parameters)
         if not isinstance(made, Optimizer):
             raise ValueError(

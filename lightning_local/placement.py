@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_local.build import step_flops
 from lightning_local.dividing import additive, divide
@@ -83,15 +82,15 @@ def stages_of(
     return stages
 
 
-def tensors_per_module(learner: LocalLearner) -> list[list[torch.Tensor]]:
-    """Parameters and buffers of each local module, in the same order in every process.
+def tensors_per_module(learner: LocalLearner) -> list[dict[str, torch.Tensor]]:
+    """Parameters and buffers of each local module by the learner's names.
 
     What belongs to none, such as a loss with weights, belongs to the last.
     """
     owner = owners(learner)
-    found: list[list[torch.Tensor]] = [[] for _ in range(max(1, learner.num_modules))]
-    for _, tensor in [*learner.named_parameters(), *learner.named_buffers()]:
-        found[owner.get(id(tensor), -1)].append(tensor)
+    found: list[dict[str, torch.Tensor]] = [{} for _ in range(max(1, learner.num_modules))]
+    for name, tensor in [*learner.named_parameters(), *learner.named_buffers()]:
+        found[owner.get(id(tensor), -1)][name] = tensor
     return found
 
 
@@ -120,21 +119,22 @@ def extra_states(learner: LocalLearner) -> list[list[tuple[str, nn.Module]]]:
 
 
 def check_shared(learner: LocalLearner, stages: Sequence[range]) -> None:
-    """Refuses a layer with running statistics that two stages would update.
+    """Refuses a buffer that one stage changes and another one uses: each has its own.
 
     Raises:
-        ValueError: Names the layer.
+        ValueError: Names the buffer, running statistics for example.
     """
-    names = {id(module): name for name, module in learner.network.named_modules()}
-    seen: dict[int, int] = {}
-    for s, owned in enumerate(stages):
-        for k in owned:
-            for layer in learner.modules_in_order()[k].body.layers():
-                if not isinstance(layer, _NormBase) or not layer.track_running_stats:
-                    continue
-                if seen.setdefault(id(layer), s) != s:
+    modules = learner.modules_in_order()
+    homes = {k: s for s, owned in enumerate(stages) for k in owned}
+    for k, module in enumerate(modules):
+        for name in module.body.changes:
+            for j, other in enumerate(modules):
+                used = any(name == p or name.startswith(f"{p}.") for p in other.body.used)
+                if used and homes[j] != homes[k]:
+                    layer = name.rpartition(".")[0]
                     raise ValueError(
-                        f"`{names[id(layer)]}` is used by local module {k} on stage {s} and by one "
-                        f"on stage {seen[id(layer)]}, so its running statistics would part: give "
-                        "each place a layer of its own, or place both on one stage."
+                        f"`{name}` changes in local module {k} on stage {homes[k]}, and is used by "
+                        f"local module {j} on stage {homes[j]}, where it would be another one: "
+                        f"give each place {'a layer' if layer else 'a buffer'} of its own, or "
+                        "place both on one stage."
                     )

@@ -1,4 +1,4 @@
-"""Leaves the user's network as it was: modes, attributes and buffers around a dry run."""
+"""Leaves the user's network as it was: modes, attributes and tensors around a dry run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _KNOWN = (
 )
 # Parts of longer lists are not looked into.
 _MANY = 1000
-# Of each module: itself, its attributes, its buffers, and what changes inside its attributes.
-Attributes = list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, "_Inside"]]]
+# Of each module: itself, its attributes, its tensors by kind, and what changes inside of the first.
+Attributes = list[tuple[nn.Module, dict[str, Any], list[dict[str, Any]], dict[str, "_Inside"]]]
 
 
 class _Inside:
@@ -107,7 +107,10 @@ def _put(value: Any, held: Any) -> None:
 
 
 def attributes_of(network: nn.Module) -> Attributes:
-    """Attributes and buffers of all modules, and what is inside of these."""
+    """Attributes, parameters and buffers of all modules, and what is inside of the first.
+
+    torch's `functional_call` leaves its own parameters in a module that has two names.
+    """
     found: Attributes = []
     for module in network.modules():
         inside = {
@@ -115,15 +118,20 @@ def attributes_of(network: nn.Module) -> Attributes:
             for name, value in vars(module).items()
             if name not in _TORCHS and (kept := _inside(value)) is not None
         }
-        found.append((module, dict(vars(module)), dict(module._buffers), inside))
+        tensors: list[dict[str, Any]] = [dict(module._parameters), dict(module._buffers)]
+        found.append((module, dict(vars(module)), tensors, inside))
     return found
 
 
 def restore_attributes(kept: Attributes) -> list[str]:
-    """Puts attributes and buffers back; returns what had changed."""
+    """Puts attributes, parameters and buffers back; returns what had changed."""
     changed = []
-    for module, attributes, buffers, insides in kept:
-        for now, before in ((vars(module), attributes), (module._buffers, buffers)):
+    for module, attributes, (parameters, buffers), insides in kept:
+        for now, before in (
+            (vars(module), attributes),
+            (module._parameters, parameters),
+            (module._buffers, buffers),
+        ):
             names = [n for n in {**now, **before} if now.get(n) is not before.get(n)]
             names += [n for n in now if n not in before and n not in names]
             for name in names:
@@ -138,7 +146,7 @@ def restore_attributes(kept: Attributes) -> list[str]:
 
 @contextmanager
 def attributes_kept(network: nn.Module) -> Iterator[None]:
-    """Attributes and buffers of all modules are the same objects again afterwards."""
+    """Attributes and tensors of all modules are the same objects again afterwards."""
     kept = attributes_of(network)
     try:
         yield

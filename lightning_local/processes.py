@@ -205,20 +205,16 @@ class Processes:
             dist.recv(data, rank, group=self._control, tag=tag)
         return object_from(data)
 
-    def send(self, tensor: torch.Tensor, rank: int) -> None:
-        """Sends bytes in the host's memory to another rank, which expects them."""
-        with self.guarded(rank):
-            dist.send(tensor, rank, group=self._control)
-
-    def receive(self, tensor: torch.Tensor, rank: int) -> None:
-        """Fills bytes in the host's memory."""
-        with self.guarded(rank):
-            dist.recv(tensor, rank, group=self._control)
-
-    def spread(self, tensor: torch.Tensor, source: int) -> None:
-        """Fills bytes in the host's memory on all ranks with those of one."""
+    def spread(self, obj: Any, source: int) -> Any:
+        """One rank's object, with tensors of any size, on all ranks."""
+        data = object_bytes(obj) if self.rank == source else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([data.numel()])
         with self.guarded():
-            dist.broadcast(tensor, source, group=self._control)
+            dist.broadcast(size, source, group=self._control)
+            if self.rank != source:
+                data = torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, source, group=self._control)
+        return obj if self.rank == source else object_from(data)
 
     def add_up(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """The sum (or maximum) over all ranks, in the host's memory."""

@@ -11,6 +11,8 @@ from lightning_local.links import Links
 
 __all__ = ["Publisher", "share_metrics"]
 
+_STOP = "trainer.should_stop"
+
 
 class Publisher:
     """Hands values to loggers and callbacks in Lightning's next call, as one more part of it.
@@ -55,7 +57,13 @@ class Publisher:
 
 
 def share_metrics(trainer: pl.Trainer, links: Links) -> None:
-    """Lets callbacks and schedulers in all processes see what rank 0 has logged."""
-    mine = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
-    shared = links.share(mine)
+    """Lets callbacks and schedulers in all processes see what rank 0 has logged.
+
+    And whether one of the user's hooks there has ended the training.
+    """
+    mine: dict[str, Any] = {
+        n: value.detach().cpu() for n, value in trainer.callback_metrics.items()
+    }
+    shared = links.share({**mine, _STOP: trainer.should_stop})
+    trainer.should_stop |= shared.pop(_STOP)
     trainer._logger_connector._callback_metrics.update(shared)

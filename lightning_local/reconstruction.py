@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from lightning_local.objectives import (
     Objective,
     form_of,
     ignored_index,
+    own,
     per_item,
 )
 from lightning_local.place import Place
@@ -104,7 +104,7 @@ class InfoPro(Loss):
                 f"{place.k} of {place.num_modules} would learn nothing, since both its weights are "
                 "0: pass a weight above 0."
             )
-        task = copy.deepcopy(criterion) if self.task == "softmax" else None
+        task = own(criterion) if self.task == "softmax" else None
         if not lam[0]:
             return _InfoPro(None, None, task, ignored_index(criterion), 0.0, lam[1])
         decoder = build_decoder(place, self.widen)

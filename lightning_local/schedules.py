@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -54,7 +55,7 @@ class Schedules:
             self._epoch_waits = not update_plateau_schedulers
         self._step(self._due(interval, update_plateau_schedulers))
 
-    def _step(self, configs: Sequence[LRSchedulerConfig]) -> None:
+    def _step(self, configs: Sequence[LRSchedulerConfig], late: bool = False) -> None:
         trainer = self._learner.trainer
         monitors = sorted({str(config.monitor) for config in configs if config.reduce_on_plateau})
         metrics: dict[str, Any] = {name: trainer.callback_metrics.get(name) for name in monitors}
@@ -69,7 +70,7 @@ class Schedules:
                         f"ReduceLROnPlateau waits for the metric {config.monitor!r}, which was not "
                         f"logged; there are {sorted(trainer.callback_metrics)}."
                     )
-                    if config.strict:
+                    if config.strict and not late:
                         raise MisconfigurationException(message)
                     rank_zero_warn(f"{message} The learning rate stays.", category=RuntimeWarning)
                     continue
@@ -82,7 +83,8 @@ class Schedules:
         """
         if self._epoch_waits:
             self._epoch_waits = False
-            self._step(self._due("epoch", plateau=True, behind=1))
+            # Late: in a resumed epoch the metric may have been logged before it was saved.
+            self._step(self._due("epoch", plateau=True, behind=1), late=True)
 
     def _due(self, interval: str, plateau: bool, behind: int = 0) -> list[LRSchedulerConfig]:
         trainer = self._learner.trainer
@@ -116,6 +118,19 @@ class Schedules:
             return {}  # after the last batch, but before validation
         waiting: Any = {config.monitor for config in self._due("epoch", plateau=True)}
         return {name: float(found[name]) for name in sorted(waiting) if name in found}
+
+    def known(self) -> dict[str, float]:
+        """The newest values of all metrics that schedulers wait for."""
+        found = self._learner.trainer.callback_metrics
+        names = sorted(
+            {str(config.monitor) for config in self._configs if config.reduce_on_plateau}
+        )
+        return {name: float(found[name]) for name in names if name in found}
+
+    def know(self, metrics: dict[str, float]) -> None:
+        """Goes on with them, until they are logged again."""
+        found = self._learner.trainer._logger_connector._callback_metrics
+        found.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     def load(self, metrics: dict[str, float]) -> None:
         """Makes the steps that a run was saved ahead of."""

@@ -5,7 +5,6 @@ Legend: B samples, C channels. All of it is computed outside of autocast, in flo
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning_local.objectives import (
     Objective,
     form_of,
     ignored_index,
+    own,
     per_item,
 )
 from lightning_local.place import Place
@@ -171,7 +171,7 @@ class PredSim(Loss):
                 projection = nn.Sequential(ChannelsFirst(place.hidden.channel_dim), projection)
         elif self.parts != "pred":
             projection = nn.Linear(channels, channels, bias=False)
-        return _PredSim(projection, copy.deepcopy(criterion), self.beta, place)
+        return _PredSim(projection, own(criterion), self.beta, place)
 
 
 class _PredSim(Objective):
@@ -197,11 +197,13 @@ class _PredSim(Objective):
         self, output: torch.Tensor, hidden: torch.Tensor, target: Any, input: Any = None
     ) -> torch.Tensor:
         if self.projection is None or self.beta == 0:
-            return self.criterion(*per_item(output, target))
+            return self.criterion(*per_item(output, target, not self.pools))
         loss = self._similarity(hidden, target)
         if self.beta == 1:
             return loss
-        return self.beta * loss + (1 - self.beta) * self.criterion(*per_item(output, target))
+        return self.beta * loss + (1 - self.beta) * self.criterion(
+            *per_item(output, target, not self.pools)
+        )
 
     def _similarity(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         assert self.projection is not None

@@ -118,11 +118,12 @@ def slices(
         mode: [-1, *(place(network, t, p) for p in points), len(t.nodes) - 1]
         for mode, t in traces.items()
     }
-    codes, used = [], []
+    codes, used, forms = [], [], []
     for k in range(len(points) + 1):
         pair = [slice_code(t, *ends[mode][k : k + 2]) for mode, t in traces.items()]
-        codes.append([code for code, _ in pair])
-        used.append(list(dict.fromkeys(name for _, names in pair for name in names)))
+        codes.append([code for code, _, _ in pair])
+        used.append(list(dict.fromkeys(name for _, names, _ in pair for name in names)))
+        forms.append(tuple(dict.fromkeys(name for _, _, names in pair for name in names)))
     parameters, buffers = _owners(network, used, exclusive)
     unit_ends = [place(network, traces[True], p) for p in unit_points]
     bodies = []
@@ -136,6 +137,7 @@ def slices(
         body.num_inputs = len(traces[True].alive(start)) if start >= 0 else inputs
         body.num_carried = len(traces[True].alive(start)) - 1 if start >= 0 else 0
         body.views = _views(traces[True], start, stop)
+        body.forms = forms[k]
         if start < 0:
             body.plain = {mode: t.plain for mode, t in traces.items()}
         bodies.append(body)

@@ -40,12 +40,14 @@ class Resumed:
     Attributes:
         scalers: States of the K loss scalers; empty without fp16.
         plateau: Metrics for the schedulers that were about to step.
+        monitored: The newest values of all metrics that schedulers wait for.
         random: States of the process's generators.
         mid_epoch: Whether the run was saved within an epoch.
     """
 
     scalers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     plateau: dict[str, float] = dataclasses.field(default_factory=dict)
+    monitored: dict[str, float] = dataclasses.field(default_factory=dict)
     random: dict[str, Any] | None = None
     mid_epoch: bool = False
 
@@ -95,6 +97,7 @@ def save(learner: LocalLearner, checkpoint: dict[str, Any]) -> bool:
         "mid_epoch": not learner.trainer.fit_loop.epoch_loop._num_ready_batches_reached(),
         "scalers": replicas[0]["scalers"],
         "plateau": learner.loop.schedules.save() if learner.loop else {},
+        "monitored": learner.loop.schedules.known() if learner.loop else {},
     }
     checkpoint.update(replicas[0]["datamodule"])
     if replicas[0]["loader"] is not None:
@@ -184,9 +187,8 @@ def load(learner: LocalLearner, checkpoint: dict[str, Any]) -> None:
             mine = others[learner.links.replica - 1]
         if learner.links.replica <= len(others):
             learner.streams.load(mine["streams"])
-        learner.resumed = Resumed(
-            entry["scalers"], entry["plateau"], mine["random"], entry["mid_epoch"]
-        )
+        waiting = entry["plateau"], entry.get("monitored", {})
+        learner.resumed = Resumed(entry["scalers"], *waiting, mine["random"], entry["mid_epoch"])
         if not entry["mid_epoch"]:
             _set_before_shuffling(learner, mine["random"])
         if not learner.links.first:

@@ -19,6 +19,35 @@ if TYPE_CHECKING:
 __all__ = ["Stepping"]
 
 
+class _Closure:
+    """What an optimizer may call once, before it steps: the gradients are there.
+
+    Args:
+        optimizer: Who is going to call it.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._called = False
+        self._versions = self._count()
+
+    def _count(self) -> int:
+        return sum(p._version for group in self._optimizer.param_groups for p in group["params"])
+
+    def __call__(self) -> None:
+        """Nothing.
+
+        Raises:
+            ValueError: The optimizer asks for the loss of other weights.
+        """
+        if self._called or self._count() != self._versions:
+            raise ValueError(
+                f"{type(self._optimizer).__name__} evaluates the loss again within one step, and a "
+                "local module's loss is computed once per batch: use another optimizer."
+            )
+        self._called = True
+
+
 class Stepping:
     """The optimizers of the local modules that live here.
 
@@ -87,7 +116,7 @@ class Stepping:
                 optimizer._on_before_step()
                 optimizer._on_after_step()
             else:
-                optimizer.step()
+                optimizer.step(_Closure(optimizer.optimizer))
         self._zeroed = False
         if self._local:
             self._zero(k)

@@ -202,8 +202,7 @@ class LocalParallelStrategy(GatheringStrategy):
         whole = not self._is_broken()
         if whole and processes is not None and links is not None:
             if learner.trainer.state.fn == "fit" and self._holdings is not None:
-                self._holdings.make_replicas_alike(buffers_alone=True)
-                self._holdings.share()
+                self.share_weights()
             processes.settle()
             processes.barrier()
             links.close()

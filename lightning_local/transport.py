@@ -18,8 +18,6 @@ __all__ = [
     "Packed",
     "Unread",
     "as_bytes",
-    "fill",
-    "flat_bytes",
     "from_bytes",
     "object_bytes",
     "object_from",
@@ -117,13 +115,16 @@ class _Pickler(pickle.Pickler):
     def __init__(self, file: Any) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.hidden: Collection[int] = ()
+        self.fresh: Collection[int] | None = None
         self._numbers: dict[int, int] = {}
         self.tensors: list[torch.Tensor] = []
         self.forms: list[Form] = []
         self._alive: list[Any] = []  # an id means something only while its object lives
 
     def persistent_id(self, obj: Any) -> Any:
-        """What is not pickled: tensors with plain memory."""
+        """What is not pickled: tensors with plain memory, and this process's device."""
+        if isinstance(obj, torch.device) and obj.type not in ("cpu", "meta"):
+            return ("device",)
         if not isinstance(obj, torch.Tensor):
             return None
         if isinstance(obj, Unread):
@@ -148,7 +149,10 @@ class _Pickler(pickle.Pickler):
         if host and plain.numel() * plain.element_size() <= _SMALL:
             data = as_bytes(plain).numpy().tobytes()
         else:
-            self.tensors.append(plain)
+            # By the time it is sent, who read the batch may have put the next one there.
+            reused = self.fresh is not None and id(obj) not in self.fresh
+            same = plain.untyped_storage()._cdata == obj.untyped_storage()._cdata
+            self.tensors.append(plain.clone() if reused and same else plain)
         self.forms.append(Form(tuple(plain.shape), plain.stride(), plain.dtype, kind, host, data))
         return "tensor", number
 
@@ -160,7 +164,9 @@ class _Unpickler(pickle.Unpickler):
         self._device = device
 
     def persistent_load(self, pid: Any) -> Any:
-        """The tensor a number stands for."""
+        """The tensor a number stands for; the device here instead of the sender's."""
+        if pid[0] == "device":
+            return self._device
         if pid[0] == "unread":
             return Unread(pid[1], pid[2], self._device)
         if pid[0] == "saved":
@@ -169,19 +175,26 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[pid[1]]
 
 
-def pack(obj: Any, batch: Any = None, hidden: Collection[int] = ()) -> Packed:
+def pack(
+    obj: Any,
+    batch: Any = None,
+    hidden: Collection[int] = (),
+    fresh: Collection[int] | None = None,
+) -> Packed:
     """Takes an object apart.
 
     Args:
         obj: Anything that can be pickled; tensors anywhere in it.
         batch: Another one.
         hidden: Ids of tensors that are `Unread` in `batch`, unless `obj` has them, too.
+        fresh: Ids of tensors that nobody overwrites; all others are copied now. None: nobody does.
 
     Raises:
         TypeError: Something in it can't be pickled.
     """
     file = io.BytesIO()
     pickler = _Pickler(file)
+    pickler.fresh = fresh
     try:
         pickler.dump(obj)
         pickler.hidden = hidden
@@ -200,7 +213,7 @@ def unpack(body: bytes, tensors: Sequence[torch.Tensor], device: torch.device) -
     Args:
         body: The second part of a header.
         tensors: Those of the header's forms, in order.
-        device: For what is `Unread`.
+        device: Of this process.
     """
     unpickler = _Unpickler(io.BytesIO(body), tensors, device)
     return unpickler.load(), unpickler.load()
@@ -225,23 +238,6 @@ def from_bytes(form: Form, device: torch.device) -> tuple[torch.Tensor, torch.Te
     """An empty tensor of a form, and its bytes to be filled."""
     tensor = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=device)
     return tensor, as_bytes(tensor)
-
-
-def flat_bytes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copies of tensors behind each other, in the host's memory."""
-    parts = [t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in tensors]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
-
-
-def fill(tensors: Sequence[torch.Tensor], data: torch.Tensor) -> None:
-    """Puts `flat_bytes` of tensors of the same shapes and types in place."""
-    start = 0
-    with torch.no_grad():
-        for tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            part = data[start : start + size].clone().view(tensor.dtype)
-            tensor.copy_(part.view(tensor.shape))
-            start += size
 
 
 def object_bytes(obj: Any) -> torch.Tensor:

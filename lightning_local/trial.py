@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_local.augmented import UnitCopy
 from lightning_local.fake_run import on_fakes
 from lightning_local.local_module import LocalModule
+from lightning_local.preserving import attributes_kept
 
 __all__ = ["try_modules"]
 
@@ -39,6 +40,7 @@ def try_modules(
         current: tuple[Any, ...] = values
         first = values[0]
         samples = first.shape[0] if isinstance(first, torch.Tensor) and first.ndim else 1
+        buffers = _buffers(host)
         for module, head, more in zip(modules, heads, others, strict=True):
             with FlopCounterMode(display=False) as counter:
                 given = current
@@ -46,6 +48,9 @@ def try_modules(
                 for part in module.pieces or (module.body,):
                     current = _noting(part, part.codes[True].function, host, *current)
                 module.body.in_place = before != _version(given)
+            earlier, buffers = buffers, _buffers(host)
+            # What is made now, such as a table of positions, is no state.
+            module.body.changes = tuple(n for n in earlier if buffers.get(n) != earlier[n])
             module.body_flops = counter.get_total_flops() // samples
             if head is None:
                 return
@@ -59,6 +64,13 @@ def try_modules(
             module.head_flops = counter.get_total_flops() // samples
 
     on_fakes(network, run, inputs, mode=fakes)
+
+
+def _buffers(network: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer is, and how often it was changed in place."""
+    # Names of one layer in several places too.
+    named = network.named_buffers(remove_duplicate=False)
+    return {name: (id(buffer), buffer._version) for name, buffer in named}
 
 
 def _version(values: Sequence[Any]) -> int | None:
@@ -89,7 +101,8 @@ def _fake_head(head: nn.Module, hidden: torch.Tensor, original: nn.Module | None
             for name, tensor in tensors.items()
         }
     try:
-        torch.func.functional_call(head, tensors, (hidden,))
+        with attributes_kept(head):
+            torch.func.functional_call(head, tensors, (hidden,))
     finally:
         for layer in patched:
             del layer.__dict__["forward"]

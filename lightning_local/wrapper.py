@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import nn
 
 from lightning_local.links import InProcessLinks, Links
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Wrapper", "of_the_module"]
 
@@ -98,6 +101,33 @@ class Wrapper(pl.LightningModule):
             if module is None or name.startswith("__") or hasattr(type(self), name):
                 raise
             return getattr(module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What a run's callbacks set on the Trainer's module belongs to the user's module.
+
+        Its `training_step` reads it there. The learner keeps what it has itself, and what is
+        private and not the module's.
+        """
+        module = self.__dict__.get("_modules", {}).get("module")
+        theirs = (
+            self.__dict__.get("_trainer") is not None
+            and module is not None
+            and name not in self.__dict__
+            and name not in self._modules
+            and not hasattr(type(self), name)
+            and (hasattr(module, name) or not name.startswith("_"))
+        )
+        if theirs:
+            setattr(module, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def eval(self) -> Self:
+        """Evaluation mode; the user's module may have an `eval` of its own."""
+        self.training = False
+        for child in self.children():
+            child.eval()
+        return self
 
     # Lightning sets it around each hook, and `self.log` asks for it.
     @property

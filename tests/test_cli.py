@@ -171,6 +171,8 @@ REFUSED = {
     + ('"trainer.strategy"', "'num_stage' is not accepted", "Did you mean 'num_stages'"),
     "unknown": (METHOD, by_path("methods.AugLocal", foo=2))
     + ("lightning_local.methods.AugLocal", "'foo' is not accepted", "AugLocal takes: depth, "),
+    "no init_args": (METHOD, {"class_path": "lightning_local.methods.AugLocal", "depth": 2})
+    + ('"method"', "init_args: {its options}"),
     "type": (METHOD, by_path("methods.AugLocal", depth="many"))
     + ("lightning_local.methods.AugLocal", '"depth"', "<class 'int'>", "many"),
     "types": ("model.init_args.out_features", "many") + ('"out_features"', "<class 'int'>", "many"),

@@ -1,12 +1,14 @@
 """Where local modules live, and which tensors and states go with them: without processes."""
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
 from simple import Lit, Net
+from torch import nn
 
-from lightning_local import LocalLearner
+from lightning_local import LocalLearner, holdings
 from lightning_local.dividing import additive, divide
 from lightning_local.placement import (
     check_placement,
@@ -65,13 +67,13 @@ def test_every_tensor_belongs_to_one_local_module(method):
     learner = learner_of(method=method)
     learner.module.register_buffer("weights", torch.ones(4))
     found = tensors_per_module(learner)
-    ids = [id(t) for tensors in found for t in tensors]
+    ids = [id(t) for tensors in found for t in tensors.values()]
     assert len(ids) == len(set(ids))
     assert set(ids) == {id(t) for t in (*learner.parameters(), *learner.buffers())}
     for k, module in enumerate(learner.modules_in_order()):
-        mine = {id(t) for t in found[k]}
+        mine = {id(t) for t in found[k].values()}
         assert {id(p) for p in (*module.body.parameters(), *module.parameters())} <= mine
-    assert id(learner.module.weights) in {id(t) for t in found[-1]}
+    assert "module.weights" in found[-1]
 
 
 def test_a_shared_norm_without_parameters_is_refused_on_two_stages():
@@ -80,7 +82,7 @@ def test_a_shared_norm_without_parameters_is_refused_on_two_stages():
     network.blocks[0].bn = network.blocks[2].bn = norm
     learner = learner_of(network)
     check_shared(learner, [range(4)])
-    with pytest.raises(ValueError, match=r"blocks.0.bn.* running statistics would part"):
+    with pytest.raises(ValueError, match=r"bn.\w+` changes in .* a layer of its own"):
         check_shared(learner, [range(2), range(2, 4)])
 
 
@@ -99,3 +101,37 @@ def test_extra_states_belong_to_their_local_module():
     inside = "module.network.blocks.1.counted"
     assert sorted(name for found in names for name in found) == [inside, "module.outside"]
     assert "module.outside" in names[-1]
+
+
+class OfItsWeights(nn.Module):
+    """Later layers ask the first weight for its device, and make tensors like it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Linear(36, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x):
+        x = self.stem(x.flatten(1))
+        for block in self.blocks:
+            x = block(x) + torch.ones(8, device=next(self.parameters()).device)
+        return self.fc(x + torch.zeros_like(self.blocks[0].bias))
+
+
+def test_weights_that_are_asked_for_their_device_are_on_it(monkeypatch):
+    learner = learner_of(OfItsWeights())
+    stages, names = stages_of(learner, None, 4), {id(t): n for n, t in learner.named_parameters()}
+    monkeypatch.setattr(holdings, "_move", lambda module, needed, device: found.append(needed))
+    found, there = [], []
+    for stage in range(4):
+        place = SimpleNamespace(stage=stage)
+        holdings.Holdings(learner, place, stages, None).to_device(torch.device("cuda"))
+        there.append({names[t] for t in found[-1] if "network" in names.get(t, "")})
+    first, second, third, last = there
+    assert first == {f"module.network.stem.{name}" for name in ("weight", "bias")}
+    asked = {"module.network.stem.weight"}
+    assert second == asked | {f"module.network.blocks.0.{n}" for n in ("weight", "bias")}
+    # Glue behind the last block is part of its local module.
+    asked.add("module.network.blocks.0.bias")
+    assert third == asked | {f"module.network.blocks.1.{n}" for n in ("weight", "bias")}
+    assert last == {f"module.network.fc.{n}" for n in ("weight", "bias")}

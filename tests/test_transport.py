@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_local.transport import Unread, fill, flat_bytes, pack
+from lightning_local.transport import Unread, pack, unpack
 from lightning_local.wire import Wire
 
 CPU = torch.device("cpu")
@@ -104,6 +104,12 @@ def test_structures_arrive():
     assert batch[1:] == ["batch", "long " * 10_000]
 
 
+def test_a_device_arrives_as_that_of_the_process():
+    packed = pack([torch.device("cuda:0"), CPU, torch.device("meta"), x])
+    got, _ = unpack(pickle.loads(packed.header)[1], packed.tensors or [x], torch.device("cuda:1"))
+    assert got[:3] == [torch.device("cuda:1"), CPU, torch.device("meta")]
+
+
 def test_a_tensor_that_is_there_twice_is_sent_once():
     packed = pack([x, x], {"x": x})
     assert len(forms(packed)) == 1
@@ -175,12 +181,9 @@ def test_the_message_itself_is_never_hidden():
     assert torch.equal(batch[0], x)
 
 
-def test_flat_bytes_come_back():
-    tensors = [x, torch.tensor(7), torch.empty(0), x.transpose(0, 1), x > 3, x.bfloat16()]
-    data = flat_bytes(tensors)
-    assert data.numel() == sum(t.numel() * t.element_size() for t in tensors)
-    others = [torch.zeros_like(t) for t in tensors]
-    fill(others, data)
-    for one, other in zip(tensors, others, strict=True):
-        assert torch.equal(one, other)
-    assert flat_bytes([]).numel() == 0
+def test_what_others_may_overwrite_is_copied_when_it_is_packed():
+    batch, computed = torch.ones(1000), torch.ones(1000)
+    packed = pack([computed, batch], batch[:900], fresh={id(computed)})
+    batch.zero_()
+    computed.zero_()
+    assert [float(t.sum()) for t in packed.tensors] == [0.0, 1000.0, 900.0]
