@@ -84,6 +84,9 @@ def test_a_batch_size_is_found(wrap, quiet, tmp_path):
     class Sized(Lit):
         batch_size = 4
 
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
         def train_dataloader(self):
             return data(size=self.batch_size)
 
