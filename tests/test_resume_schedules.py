@@ -44,11 +44,11 @@ class Rates(L.Callback):
         self.rates[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
 
 
-def rates(kind, quiet, path=None, callbacks=(), loader=None):
+def rates(kind, quiet, path=None, callbacks=(), loader=None, **given):
     L.seed_everything(3, verbose=False)
     seen = Rates()
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    options = {**quiet, "enable_checkpointing": saves, "callbacks": [seen, *callbacks]}
+    options = {**quiet, "enable_checkpointing": saves, "callbacks": [seen, *callbacks], **given}
     trainer = L.Trainer(max_epochs=4, **options)
     module = LocalLearner(kind(), "Greedy")
     trainer.fit(module, loader or data(), data(False), ckpt_path=path)
@@ -85,6 +85,26 @@ def test_in_an_epoch(step, tmp_path, quiet):
     resumed = rates(kind, quiet, tmp_path / f"step={step}.ckpt", loader=Stateful())
     assert resumed == {s: r for s, r in whole.items() if s >= step}
     assert len(set(whole.values())) == 3
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_behind_an_epochs_last_validation(known, tmp_path, quiet):
+    """The metric was logged before the file was written; one that has none keeps the rate."""
+    kind = type("Kind", (Falls,), {"falls": False})
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=False)
+    given = {"val_check_interval": 2}
+    whole = rates(kind, quiet, callbacks=[saving], loader=Stateful(), **given)
+    path = tmp_path / "step=9.ckpt"
+    if not known:
+        file = torch.load(path, weights_only=True)
+        del file["lightning_local"]["monitored"]
+        torch.save(file, path)
+        with pytest.warns(RuntimeWarning, match="'v', which was not logged.*rate stays"):
+            rates(kind, quiet, path, loader=Stateful(), **given)
+        return
+    resumed = rates(kind, quiet, path, loader=Stateful(), **given)
+    assert resumed == {s: r for s, r in whole.items() if s >= 9}
+    assert len(set(resumed.values())) == 3
 
 
 def test_an_empty_epoch_has_no_local_metrics(tmp_path, quiet):
