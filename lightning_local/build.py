@@ -45,7 +45,8 @@ class Builder:
 
     Attributes:
         cutter: The traced network.
-        followed: Whether other layers make the prediction from the network's output.
+        followed: Whether other layers may make the prediction from the network's output.
+        behind: Whether they do: the user's forward makes something of it.
 
     Raises:
         ValueError: The network can't be cut as asked.
@@ -73,7 +74,7 @@ class Builder:
             for v in inputs
         ]
         self.cutter = Cutter(network, request, self.inputs, name)
-        self.followed = False
+        self.followed = self.behind = False
 
     def points(self, request: Partition | None = None) -> tuple[str, ...]:
         """Split points of a request whose local modules have equal numbers of units."""
@@ -120,7 +121,7 @@ class Builder:
     def _with_heads(self, cutting: Cutting, fakes: FakeTensorMode | None) -> list[LocalModule]:
         """Makes the heads, with the type of the network and where it is."""
         last = LocalModule(cutting.bodies[-1], None, None)
-        last.followed = self.followed
+        last.followed, last.behind = self.followed, self.behind
         return [*(self.head_at(cutting, k, fakes) for k in range(len(cutting.bodies) - 1)), last]
 
     def head_at(self, cutting: Cutting, k: int, fakes: FakeTensorMode | None = None) -> LocalModule:
@@ -183,8 +184,9 @@ def builder_of(learner: LocalLearner, inputs: Any, partition: Partition, seed: i
     # the network's own is the prediction, unless forward makes something of it.
     output = prediction(builder.cutter.output)
     width = output.shape[-1] if isinstance(output, torch.Tensor) and output.ndim else None
-    builder.followed = bool(parts_outside(learner)) and (
-        width != learner.out_features or follows(learner, builder.inputs)
+    builder.behind = follows(learner, builder.inputs)
+    builder.followed = builder.behind or (
+        bool(parts_outside(learner)) and width != learner.out_features
     )
     return builder
 

@@ -247,7 +247,7 @@ def _check(learner: LocalLearner, own_confidence: bool) -> None:
             f"{learner.num_modules} local modules has none: use a method such as AugLocal, or "
             "leave the callback out."
         )
-    if modules[-1].followed:
+    if modules[-1].behind:
         raise ValueError(
             f"EarlyExit ends the network that is cut, {learner.network_name!r}, and other layers "
             "make the prediction from its output: wrap the module with network='.', or leave the "

@@ -36,8 +36,9 @@ class LocalModule(nn.Module):
             so that those of body and head are never alive together; `"blocks"`, each unit of the
             body and each unit that the head imitates by itself.
         keeps: Nothing is computed twice now: gradients are differentiated again, and need it all.
-        followed: Whether layers outside of the network make the prediction from the last local
+        followed: Whether layers outside of the network may make the prediction from the last local
             module's output.
+        behind: Whether the user's forward makes something of that output.
         trained: Whether the head has seen a batch of a fit, or was loaded.
         pieces: The body's units as bodies of their own, for `"blocks"`; else empty.
     """
@@ -53,7 +54,7 @@ class LocalModule(nn.Module):
         self.predict_flops = 0
         self.recompute = "none"
         self.keeps = False
-        self.followed = False
+        self.followed = self.behind = False
         self.trained = False
         self.pieces: tuple[Body, ...] = ()
 
