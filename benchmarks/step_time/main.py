@@ -46,7 +46,10 @@ METHODS: dict[str, Callable[[], methods.LocalMethod]] = {
 }
 # Seconds of each step, and operations of one.
 Found: TypeAlias = tuple[list[float], "int | str"]
-OPTIONS = ("channels_last", "bf16", "channels_last+bf16", "recompute", "compile", "graphs")
+OPTIONS = (
+    *("channels_last", "bf16", "channels_last+bf16", "recompute", "compile"),
+    *("channels_last+compile", "graphs"),
+)
 
 
 class _Stored(Dataset[Any]):
@@ -190,13 +193,13 @@ def in_lightning(method: str, option: str, plain: bool, options: argparse.Namesp
     model: L.LightningModule = module
     if not plain:
         recompute = "blocks" if option == "recompute" else "none"
-        compile = {"compile": True, "graphs": "reduce-overhead"}.get(option, False)
+        compile = "reduce-overhead" if option == "graphs" else "compile" in chosen
         model = LocalLearner(module, METHODS[method](), recompute=recompute, compile=compile)
         if "channels_last" in chosen:
             model.build(_batch(options)[0][:2])
             model.to(memory_format=kind)
     clock = _Clock(
-        counts=option not in ("compile", "graphs")
+        counts=not {"compile", "graphs"} & {*chosen}
     )  # compiled code is counted as what it was made from
     trainer = L.Trainer(
         accelerator="auto", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
