@@ -123,9 +123,11 @@ def _draw(found: list[dict[str, Any]]) -> None:
             continue
         reference = next(r for r in done if r["method"] == "EndToEnd")
         figure, (memory, cost, depth) = plt.subplots(1, 3, figsize=(16, 4.8))
-        for number, each in enumerate(done):
-            color = f"C{number % 10}"
-            shape = "os^DvP*Xd<"[number % 10]
+        # One look per method, whatever the seed; colors and shapes repeat after different numbers.
+        looks = {method: i for i, method in enumerate(dict.fromkeys(r["method"] for r in done))}
+        for each in done:
+            number = looks[each["method"]]
+            color, shape = f"C{number % 10}", "os^DvP*Xd"[number % 9]
             at = (each["peak_bytes"] / reference["peak_bytes"], each["flops"])
             for axes, x in zip((memory, cost), at, strict=True):
                 axes.plot(x, 100 * each["last"], shape, color=color, label=each["method"])
@@ -143,9 +145,10 @@ def _draw(found: list[dict[str, Any]]) -> None:
             axes.set_ylabel("accuracy in the last epoch, %")
             axes.grid(alpha=0.3)
         handles, labels = memory.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
+        named = dict(zip(labels, handles, strict=True))
+        figure.legend(named.values(), named, loc="lower center", ncols=4, fontsize=8, frameon=False)
         figure.suptitle(_title(group))
-        figure.tight_layout(rect=(0, 0.04 * (1 + len(labels) // 4), 1, 1))
+        figure.tight_layout(rect=(0, 0.04 * (1 + len(named) // 4), 1, 1))
         figure.savefig(HERE / _picture(group), dpi=110)
         plt.close(figure)
 
