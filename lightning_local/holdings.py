@@ -65,8 +65,8 @@ class Holdings:
         for name, tensor in state["tensors"].items():
             path, _, own = name.rpartition(".")
             module = self._learner.get_submodule(path)
-            here = getattr(module, own, None)
-            if isinstance(here, torch.Tensor) and _fits(here, tensor):
+            here: Any = getattr(module, own, None)
+            if isinstance(here, nn.Parameter) or _fits(here, tensor):
                 with torch.no_grad():
                     here.copy_(tensor)
             else:
@@ -184,8 +184,10 @@ class Holdings:
             self._learner.get_submodule(name).set_extra_state(state)
 
 
-def _fits(here: torch.Tensor, there: torch.Tensor) -> bool:
+def _fits(here: Any, there: torch.Tensor) -> bool:
     """Whether one can be copied into the other: not with several numbers in one place."""
+    if not isinstance(here, torch.Tensor):
+        return False
     if here.layout != torch.strided or here.shape != there.shape or here.dtype != there.dtype:
         return False
     return torch.empty_like(here, device="meta").stride() == here.stride()

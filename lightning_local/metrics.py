@@ -17,6 +17,7 @@ __all__ = ["LocalMetrics", "countable", "counted", "hits"]
 
 # Outputs of up to this many numbers wait for the end of the step, to be counted together.
 _SMALL = 2**16
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Steps that are kept before they are added up and looked at.
 _ROWS = 64
 
@@ -135,7 +136,7 @@ class LocalMetrics:
 
     def keep(self, target: Any) -> None:
         """Copies class indices before the user's step, which may edit them in place."""
-        if isinstance(target, torch.Tensor) and not target.is_floating_point():
+        if isinstance(target, torch.Tensor) and target.ndim <= 2 and target.dtype in _WHOLE:
             self._kept = (target, target.clone())
 
     def _as_it_was(self, target: Any) -> Any:

@@ -108,6 +108,9 @@ class Wrapper(pl.LightningModule):
         Its `training_step` reads it there. The learner keeps what it has itself, and what is
         private and not the module's.
         """
+        if name == "_current_fx_name":  # the property below, past what nn.Module looks for first
+            object.__setattr__(self, name, value)
+            return
         module = self.__dict__.get("_modules", {}).get("module")
         theirs = (
             self.__dict__.get("_trainer") is not None
