@@ -8,8 +8,10 @@ is the boundary gradient (travels forward); g_in(k) = d l_k / d x_{k-1}.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from lightning_local.ranges import count, number, one_of
 from lightning_local.second_order import fast_second_derivatives
@@ -36,16 +38,47 @@ def gradient_distance(
             0 these two are 1 and without gradient.
     """
     n = own.shape[0]
-    own = own.flatten(1).to(torch.promote_types(own.dtype, torch.float32))
-    received = received.flatten(1).to(own.dtype)
+    own, received = own.flatten(1), received.flatten(1)
+    if distance == "cosine":
+        cosines: torch.Tensor = _Cosines.apply(own, received)
+        return (1 - cosines).mean()
+    own = own.to(torch.promote_types(own.dtype, torch.float32))
+    received = received.to(own.dtype)
     if distance in ("squared_l2", "mse"):
         # mse_loss would keep both gradients, a square makes a third tensor of their size.
         squares: torch.Tensor = torch.linalg.vector_norm(own - received).square()
         return n * squares if distance == "squared_l2" else n**2 * squares / own.numel()
     unit, other = _directions(own), _directions(received)
-    if distance == "cosine":
-        return (1 - (unit * other).sum(1)).mean()
     return ((unit - other).square().sum(1) + 1e-12).sqrt().mean()
+
+
+class _Cosines(torch.autograd.Function):
+    """Cosines `(N,)` of gradients `(N, D)`, with a derivative by the first.
+
+    Keeps the gradients as they came, where products of unit vectors would keep four tensors of
+    their size, in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
+        """Sums in float32, or in float64 where the gradients are."""
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(each, dim=1, dtype=dtype) for each in (own, received)]
+        # A gradient that is 0, or whose square is, has no direction.
+        some = (norms[0].square() > 0) & (norms[1].square() > 0)
+        first, second = (torch.where(some, norm, 1.0).reciprocal() * some for norm in norms)
+        dots = torch.linalg.vecdot(own.to(dtype), received.to(dtype), dim=1)
+        cosines: torch.Tensor = dots * first * second
+        ctx.save_for_backward(own, received, first * second, cosines * first * first)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The derivative of cos(a, b) by a is b / (|a| |b|) - cos a / |a|^2."""
+        own, received, inverse, share = ctx.saved_tensors
+        result = received * (gradient * inverse)[:, None]
+        return result.addcmul_(own, (gradient * share)[:, None], value=-1).to(own.dtype), None
 
 
 def _directions(gradients: torch.Tensor) -> torch.Tensor:

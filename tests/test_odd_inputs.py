@@ -114,6 +114,24 @@ def test_gradients_that_are_zero_have_no_direction(distance, quiet):
     assert learner.network.fc.weight.abs().max() < 1
 
 
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_cosine_and_its_derivative_are_those_of_torch(dtype, size):
+    generator = torch.Generator().manual_seed(0)
+    own, other = torch.randn(2, 4, 2, 3, generator=generator).to(dtype).mul(size)
+    own.requires_grad_()
+    found = gradient_distance(own, other, "cosine")
+    (gradient,) = torch.autograd.grad(found, own)
+    a, b = own.detach().double().flatten(1).requires_grad_(), other.double().flatten(1)
+    expected = (1 - functional.cosine_similarity(a, b, eps=0)).mean()
+    (derivative,) = torch.autograd.grad(expected, a)
+    bound = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=min(bound, 1e-5))
+    wrong = (gradient.double().flatten(1) - derivative).norm() / derivative.norm()
+    assert wrong < bound
+    assert gradient.dtype == dtype
+
+
 @pytest.mark.parametrize("name", ["BackLink", "SGR"])
 def test_reentrant_checkpoints_hide_parameters_from_couplings(name, quiet):
     data = [batch(4, 1, 6, 6)]
