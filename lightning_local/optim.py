@@ -155,6 +155,7 @@ def clone_per_module(
         filled = [group for group in clone.param_groups if group["params"]]
         group = (filled or clone.param_groups)[0]
         group["params"].extend(head)
+        clone.state.update(_first_state(optimizer, head))
         if "param_names" in group:
             group["param_names"].extend(f"head.{i}" for i in range(len(head)))
         if schedulers:
@@ -164,6 +165,20 @@ def clone_per_module(
             config.scheduler = scheduler
         clones.append((clone, copies))
     return clones
+
+
+def _first_state(optimizer: Optimizer, head: Sequence[nn.Parameter]) -> dict[Any, Any]:
+    """What an optimizer such as Adagrad keeps of parameters before it has stepped."""
+    if not optimizer.state or not head:
+        return {}
+    try:
+        return dict(type(optimizer)(head, **optimizer.defaults).state)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps a state of its parameters before the first step, "
+            f"and can't be made for the heads ({error}): pass LocalLearner(optimizer=...), which is "
+            "called for each local module."
+        ) from error
 
 
 def _track_steps(optimizer: Optimizer) -> None:

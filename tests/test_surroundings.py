@@ -204,6 +204,18 @@ def test_an_optimizer_with_states_from_the_start_is_saved(quiet, tmp_path):
     assert all(len(s["state"]) == len(s["param_groups"][0]["params"]) for s in states)
 
 
+class Needs(torch.optim.Adagrad):
+    def __init__(self, params, needed):
+        super().__init__(params, lr=needed)
+
+
+def test_one_that_can_not_be_made_again_is_named(quiet):
+    module = Lit()
+    module.configure_optimizers = lambda: Needs(module.parameters(), 0.1)
+    with pytest.raises(ValueError, match="Needs keeps a state .* can't be made for the heads"):
+        fit(greedy(module), quiet)
+
+
 def test_a_layer_thaws_under_the_learners_own_optimizer(quiet):
     class Thaws(Lit):
         def on_train_epoch_start(self):
