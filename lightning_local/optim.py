@@ -176,8 +176,8 @@ def _first_state(optimizer: Optimizer, head: Sequence[nn.Parameter]) -> dict[Any
     except TypeError as error:
         raise ValueError(
             f"{type(optimizer).__name__} keeps a state of its parameters before the first step, "
-            f"and can't be made for the heads ({error}): pass LocalLearner(optimizer=...), which is "
-            "called for each local module."
+            f"and can't be made for the heads ({error}): pass LocalLearner(optimizer=...), which "
+            "is called for each local module."
         ) from error
 
 
