@@ -26,7 +26,16 @@ from lightning_local.trial import try_modules
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["Builder", "builder_of", "parameters_per_module", "step_flops"]
+__all__ = [
+    "Builder",
+    "builder_of",
+    "check_same",
+    "form_of",
+    "parameters_per_module",
+    "step_flops",
+]
+
+_ASKED = ("method", "partition", "recompute", "out_features")
 
 
 class Builder:
@@ -208,6 +217,42 @@ def step_flops(learner: LocalLearner) -> list[float]:
         backward = coupling.backward_flops(body, head, units=units, first=k == 0)
         flops.append(body + head + backward)
     return flops
+
+
+def form_of(learner: LocalLearner) -> dict[str, Any]:
+    """What a learner's local modules were made of, for `check_same`."""
+    asked = {name: getattr(learner, name) for name in _ASKED}
+    return {**asked, "unused": _unused(learner)}
+
+
+def _unused(learner: LocalLearner) -> set[str]:
+    """Names of layers with parameters that no body calls."""
+    called = [path for module in learner.modules_in_order() for path in module.body.used]
+    return {
+        name
+        for name, layer in learner.network.named_modules()
+        if name
+        and any(True for _ in layer.parameters(recurse=False))
+        and not any(name == path or name.startswith(f"{path}.") for path in called)
+    }
+
+
+def check_same(learner: LocalLearner, before: Mapping[str, Any]) -> None:
+    """Looks whether local modules still are what the learner has been asked for.
+
+    Raises:
+        ValueError: They are of another network or method; a layer that was replaced is fine.
+    """
+    changed = [name for name in _ASKED if before[name] != getattr(learner, name)]
+    if learner.modules_in_order()[0].body.network is not learner.network:
+        changed.append("network")
+    elif new := sorted(_unused(learner) - before["unused"]):
+        changed.append(f"network, without `{new[0]}`")
+    if changed:
+        raise ValueError(
+            f"The learner was cut before with another {', another '.join(changed)}: wrap the "
+            "module in a new LocalLearner, whose heads are new too."
+        )
 
 
 def parameters_per_module(

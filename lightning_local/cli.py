@@ -12,7 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    _InstantiatorFn,
+    _set_dict_nested,
+)
 from lightning.pytorch.core.mixins.hparams_mixin import (
     _given_hyperparameters,
     _given_hyperparameters_context,
@@ -46,8 +51,9 @@ class LocalCLI(LightningCLI):
             "save_config_kwargs": {"overwrite": True},
             "parser_class": Parser,
         }
-        given = dict(zip(("model_class", "datamodule_class"), args, strict=False))
-        super().__init__(*args[2:], **{**defaults, **given, **kwargs})
+        names = list(inspect.signature(LightningCLI.__init__).parameters)[1:]
+        given = dict(zip(names, args, strict=False))
+        super().__init__(**{**defaults, **given, **kwargs})
 
     @staticmethod
     @functools.cache  # jsonargparse makes a class of each function, one per name
@@ -168,9 +174,16 @@ class _ModuleInside(_InstantiatorFn):
         links = {"applied_instantiation_links": applied_instantiation_links}
         self.cli._dump_config()
         inner = of_the_module(self.cli.config_dump.get(self.key) or {})
+        for key, value in applied_instantiation_links.items() if inner is not None else ():
+            _, ours, rest = key.partition(f"{self.key}.init_args.module.")
+            if ours and inner is not None:
+                _set_dict_nested(inner, rest.removeprefix("init_args."), value)
         with self.cli._noting(class_type, kwargs):
             if inner is None or issubclass(class_type, LocalLearner):
                 return super().__call__(class_type, *args, **links, **kwargs)
+            # The dump leaves out what is linked when it is parsed.
+            plain = (int, float, str, type(None))
+            inner = {**{k: v for k, v in kwargs.items() if isinstance(v, plain)}, **inner}
             with _given_hyperparameters_context(inner, "lightning.pytorch.cli.instantiate_module"):
                 return class_type(*args, **kwargs)
 

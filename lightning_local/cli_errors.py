@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -121,11 +122,27 @@ def _suggestion(message: str) -> str:
 
 def options_of(owner: type) -> dict[str, inspect.Parameter]:
     """The constructor's named parameters, with their types resolved."""
-    # mypy fears that a subclass has another __init__; it is this class's that is asked for.
-    parameters = inspect.signature(owner.__init__, eval_str=True).parameters  # type: ignore[misc]
-    return {
-        name: parameter
-        for name, parameter in parameters.items()
-        if name != "self"
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    }
+    found: dict[str, inspect.Parameter] = {}
+    for kind in owner.__mro__:
+        constructor = vars(kind).get("__init__")
+        if not isinstance(constructor, FunctionType):
+            continue
+        passes_on = False
+        for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                passes_on |= parameter.kind == parameter.VAR_KEYWORD
+            elif name not in found:
+                found[name] = parameter.replace(annotation=_resolved(parameter, constructor))
+        if not passes_on:  # what stands in **kwargs is the next class's
+            break
+    return found
+
+
+def _resolved(parameter: inspect.Parameter, owner: FunctionType) -> Any:
+    """An annotation; anything is accepted where only a type checker knows its names."""
+    if not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    try:
+        return eval(parameter.annotation, owner.__globals__)
+    except NameError:
+        return Any

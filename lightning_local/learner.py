@@ -115,6 +115,7 @@ class LocalLearner(Wrapper):
         self.local_modules = nn.ModuleList()
         self.split_points: tuple[str, ...] = ()
         self.cutting: Any = None
+        self._built: dict[str, Any] = {}
         self.streams = Streams(0, 1)
         self.batches = 0
         self.planned_batch_size: int | None = None
@@ -139,11 +140,7 @@ class LocalLearner(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is no part of the run that goes on."""
-        run: dict[str, Any] = {
-            "loop": None,
-            "head_accuracy": None,
-            "configs": [],
-        }
+        run: dict[str, Any] = {"loop": None, "head_accuracy": None, "configs": []}
         return {**super().__getstate__(), **run, "links": InProcessLinks()}
 
     def configure_callbacks(self) -> Any:
@@ -197,7 +194,9 @@ class LocalLearner(Wrapper):
             self._find_network()
         wanted = stage == "fit" or wants_heads(callbacks_of(self.trainer), stage)
         wanted |= not (self.links.first and self.links.last)
-        if wanted and not self.whole and self.cutting is None:
+        if self.cutting is not None:
+            build.check_same(self, self._built)
+        elif wanted and not self.whole:
             self.build(*self.examples())
 
     def examples(self) -> Any:
@@ -226,6 +225,7 @@ class LocalLearner(Wrapper):
         self.local_modules = nn.ModuleList(modules)
         self.split_points = self.cutting.split_points
         self.num_modules = len(modules)
+        self._built = build.form_of(self)
         # Replicas see other data, and draw other numbers.
         self.streams = Streams(seed + self.links.replica, self.num_modules)
 

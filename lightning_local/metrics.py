@@ -15,8 +15,9 @@ from lightning_local.substitute import OTHER_INPUT
 __all__ = ["LocalMetrics", "countable", "counted", "hits"]
 
 
-# Outputs of up to this many numbers wait for the end of the step, to be counted together.
-_SMALL = 2**16
+# Outputs of up to this many numbers wait for the end of the step, to be counted together; all of
+# them together are not more than this many.
+_SMALL, _ALL = 2**16, 2**20
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Steps that are kept before they are added up and looked at.
 _ROWS = 64
@@ -94,6 +95,7 @@ class LocalMetrics:
         self._changed: torch.Tensor | None = None
         self._noted: list[tuple[int, torch.Tensor, torch.Tensor | None, Any, Any]] = []
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._waiting = 0  # numbers in outputs that were noted
 
     def update(
         self,
@@ -110,10 +112,14 @@ class LocalMetrics:
             output: The prediction, detached.
             target: The targets.
         """
-        if isinstance(output, torch.Tensor) and output.numel() > _SMALL:
-            if countable(output, target):
-                self._count_hits([k], output[None], target)
-            output = None
+        if isinstance(output, torch.Tensor):
+            size = output.numel()
+            if size > _SMALL or self._waiting + size > _ALL:
+                if countable(output, target):
+                    self._count_hits([k], output[None], target)
+                output = None
+            else:
+                self._waiting += size
         self._noted.append((k, loss, None, output, target))
 
     def add_penalty(self, penalty: torch.Tensor | None) -> None:
@@ -169,7 +175,7 @@ class LocalMetrics:
             if countable(group[0][1], target):
                 outputs = torch.stack([output for _, output, _ in group])
                 self._count_hits([k for k, *_ in group], outputs, target)
-        self._noted, self._kept = [], None
+        self._noted, self._kept, self._waiting = [], None, 0
         if self._changed is not None:
             fresh = (self._first_changed < 0) & self._changed
             self._first_changed = self._first_changed.masked_fill(fresh, step)
@@ -194,7 +200,7 @@ class LocalMetrics:
 
     def forget_step(self) -> None:
         """Drops what was noted of a step that did not end."""
-        self._noted, self._changed, self._kept = [], None, None
+        self._noted, self._changed, self._kept, self._waiting = [], None, None, 0
 
     def check(self, losses: bool = True) -> None:
         """Raises if something was wrong; reads from the device once.

@@ -6,6 +6,7 @@ What trains is not here.
 from __future__ import annotations
 
 import copy
+import pydoc
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,7 +33,9 @@ def of_the_module(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     path = str(config.get("class_path", config.get("_class_path", "")))
     inner = config.get("init_args", config).get("module")
-    if not path.endswith("LocalLearner") or not isinstance(inner, Mapping):
+    kind = pydoc.locate(path)
+    learner = issubclass(kind, Wrapper) if isinstance(kind, type) else path == "LocalLearner"
+    if not learner or not isinstance(inner, Mapping):
         return None
     options = {**inner.get("init_args", {}), **inner.get("dict_kwargs", {})}
     return {"_class_path": inner["class_path"], **options} if "class_path" in inner else None
@@ -112,6 +115,11 @@ class Wrapper(pl.LightningModule):
             object.__setattr__(self, name, value)
             return
         module = self.__dict__.get("_modules", {}).get("module")
+        if name == "module" and module is not None and value is not module:
+            raise ValueError(
+                "A learner keeps the module that it wraps, whose hooks it has taken over: wrap the "
+                "other one in a new LocalLearner."
+            )
         theirs = (
             self.__dict__.get("_trainer") is not None
             and module is not None
