@@ -32,6 +32,7 @@ __all__ = [
     "batch_size",
     "example_inputs",
     "follows",
+    "answer_for_itself",
     "let_go",
     "outputs_behind",
     "parts_outside",
@@ -150,6 +151,18 @@ def _behind(learner: LocalLearner, inputs: Sequence[Any]) -> Any:
         _logger.info("the user's forward did not run behind the network: %s", error)
         return None
     return None if output is zeros else output
+
+
+def answer_for_itself(learner: LocalLearner) -> None:
+    """After a run, the user's module finds its own transfer hooks, to be exported for example.
+
+    Lightning looks for them in the Trainer's module, and for those of another class in a
+    datamodule.
+    """
+    # Lightning's own object behind batch hooks; a new one in each run.
+    selector = learner.trainer._data_connector._datahook_selector
+    if selector is not None:
+        selector.model = learner.module
 
 
 def let_go(trainer: Any) -> None:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_local import arguments, build, hooks, optim, state
 from lightning_local.balancing import split_points
 from lightning_local.callbacks import callbacks_of, wants_heads, with_ours
-from lightning_local.examples import batch_size, example_inputs, let_go
+from lightning_local.examples import answer_for_itself, batch_size, example_inputs, let_go
 from lightning_local.guarding import guard_loading, unguard_loading
 from lightning_local.head_accuracy import AfterHeads, HeadAccuracy
 from lightning_local.hooks import call_hook
@@ -159,6 +159,7 @@ class LocalLearner(Wrapper):
         """Takes everything the run hung on the Trainer off again, and drops what a step held."""
         unguard_loading(self.trainer.strategy)
         let_go(self.trainer)
+        answer_for_itself(self)
         self.automatic_optimization = False
         self.head_accuracy = None
         if self.loop is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.trainer import call
 from torch import nn
 
 from lightning_local.links import InProcessLinks, Links
@@ -93,6 +94,15 @@ class Wrapper(pl.LightningModule):
         if not self.links.first:
             return batch
         return super()._on_before_batch_transfer(batch, dataloader_idx)
+
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
+        """As Lightning's, which asks whether they are of the class of the module that is asked."""
+        trainer = self._trainer
+        if trainer is not None:
+            selector = trainer._data_connector._datahook_selector
+            if selector is not None and selector.get_instance(hook_name) is self.module:
+                return call._call_lightning_module_hook(trainer, hook_name, *args)
+        return super()._call_batch_hook(hook_name, *args)
 
     def __getattr__(self, name: str) -> Any:
         """What only the user's module has, for callbacks that read it off the Trainer's module."""

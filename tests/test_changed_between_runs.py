@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
-from simple import CLASSES, Block, Lit, Net, fit, greedy
+from simple import CLASSES, Block, Lit, Net, data, fit, greedy
 from torch import nn
 
 from lightning_local import LocalLearner, Partition, methods
@@ -63,6 +63,29 @@ def test_a_layer_may_be_replaced(quiet):
 def test_a_learner_keeps_its_module():
     with pytest.raises(ValueError, match="wrap the other one in a new LocalLearner"):
         greedy(Lit()).module = Lit()
+
+
+class Doubles(Lit):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return 2 * batch if isinstance(batch, torch.Tensor) else batch
+
+
+class Batches(L.LightningDataModule):
+    def train_dataloader(self):
+        return data()
+
+
+@pytest.mark.parametrize("given", [data, Batches])
+def test_after_a_run_both_find_the_modules_own_hooks(given, quiet):
+    learner = greedy(Doubles())
+    trainer = L.Trainer(max_epochs=1, limit_val_batches=0, **quiet)
+    options = {"datamodule": given()} if given is Batches else {"train_dataloaders": given()}
+    trainer.fit(learner, **options)
+    for each in (learner.module, learner):
+        assert each._apply_batch_transfer_handler(torch.ones(1)) == 2
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(learner, **options)
+    assert trainer.current_epoch == 2
 
 
 class Linked(Lit):
