@@ -74,12 +74,17 @@ class Batches(L.LightningDataModule):
     def train_dataloader(self):
         return data()
 
+    def val_dataloader(self):
+        return data(shuffle=False)
+
 
 @pytest.mark.parametrize("given", [data, Batches])
 def test_after_a_run_both_find_the_modules_own_hooks(given, quiet):
     learner = greedy(Doubles())
-    trainer = L.Trainer(max_epochs=1, limit_val_batches=0, **quiet)
-    options = {"datamodule": given()} if given is Batches else {"train_dataloaders": given()}
+    trainer = L.Trainer(max_epochs=1, **quiet)
+    options = {"datamodule": given()}
+    if given is data:
+        options = {"train_dataloaders": data(), "val_dataloaders": data(shuffle=False)}
     trainer.fit(learner, **options)
     for each in (learner.module, learner):
         assert each._apply_batch_transfer_handler(torch.ones(1)) == 2
