@@ -78,6 +78,7 @@ class Batches(L.LightningDataModule):
         return data(shuffle=False)
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer`:UserWarning")
 @pytest.mark.parametrize("given", [data, Batches])
 def test_after_a_run_both_find_the_modules_own_hooks(given, quiet):
     learner = greedy(Doubles())
