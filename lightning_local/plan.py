@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_local.partition import Partition
 from lightning_local.plan_picture import draw_plan
 from lightning_local.setting import ModuleBytes
-from lightning_local.tables import short
+from lightning_local.tables import in_words, short
 
 __all__ = ["Choice", "Plan", "Rung", "Stretch"]
 
@@ -136,13 +136,13 @@ class Plan:
         time = "time" if self.measured else "time (FLOPs)"
         header = ["cut after", "units", "activations", "+ head", "gradients", "weights", "+ head"]
         header += ["optimizer", "FLOPs", "+ head", time, "peak"]
-        budget = "" if self.budget is None else f", budget {_mib(self.budget)}"
+        budget = "" if self.budget is None else f", budget {in_words(self.budget)}"
         rungs = [
             [
                 str(rung.parts),
-                _mib(self.end_to_end),
-                "-" if rung.checkpointed is None else _mib(rung.checkpointed),
-                _mib(rung.local),
+                in_words(self.end_to_end),
+                "-" if rung.checkpointed is None else in_words(rung.checkpointed),
+                in_words(rung.local),
             ]
             for rung in self.rungs
         ]
@@ -160,12 +160,14 @@ class Plan:
         words = [f"Note: {note}" for note in self.notes]
         if not choice.points:
             words.append(choice.reason)
-        words += [f"Stage {s}: predicted peak {_mib(peak)}" for s, peak in enumerate(choice.stages)]
+        words += [
+            f"Stage {s}: predicted peak {in_words(peak)}" for s, peak in enumerate(choice.stages)
+        ]
         return [
             *words,
-            f"Predicted peak {_mib(choice.peak)}, of which {_mib(choice.static)} are there before "
-            "a step (weights, optimizer states, batch): live bytes, without what kernels and the "
-            "device's allocator take besides.",
+            f"Predicted peak {in_words(choice.peak)}, of which {in_words(choice.static)} are there "
+            "before a step (weights, optimizer states, batch): live bytes, without what kernels "
+            "and the device's allocator take besides.",
             "Paste below model.init_args:",
             "",
             self.yaml(),
@@ -193,15 +195,10 @@ def _rows(stretches: Sequence[Stretch]) -> list[list[str]]:
             [
                 stretch.name,
                 str(first) if first == last else f"{first}-{last}",
-                *map(_mib, [*sizes, *weights]),
+                *map(in_words, [*sizes, *weights]),
                 *map(short, stretch.flops),
                 f"{stretch.share:.1%}",
-                _mib(needs.peak),
+                in_words(needs.peak),
             ]
         )
     return rows
-
-
-def _mib(size: int) -> str:
-    mib = size / 2**20
-    return f"{mib:.1f} MiB" if mib < 10 else f"{mib:,.0f} MiB"

@@ -15,7 +15,15 @@ from lightning_local.build import step_flops
 if TYPE_CHECKING:
     from lightning_local.learner import LocalLearner
 
-__all__ = ["flops_of_a_step", "print_results", "print_summary", "print_table", "say", "short"]
+__all__ = [
+    "flops_of_a_step",
+    "in_words",
+    "print_results",
+    "print_summary",
+    "print_table",
+    "say",
+    "short",
+]
 
 _RICH = RequirementCache("rich")
 
@@ -92,7 +100,7 @@ def print_results(
         columns.append(["-" if math.isnan(a) else f"{a:.2%}" for a in accuracies])
     if peaks:
         header.append(f"peak memory ({device})")
-        columns.append([f"{peak / 2**20:.1f} MiB" for peak in peaks])
+        columns.append([in_words(peak) for peak in peaks])
     if columns:
         rows = [
             [f"{k:02d}", _name(learner, k), *(column[k] for column in columns)]
@@ -103,6 +111,14 @@ def print_results(
 
 def _name(learner: LocalLearner, k: int) -> str:
     return learner.split_points[k] if k < len(learner.split_points) else "(end)"
+
+
+def in_words(size: int) -> str:
+    """A number of bytes in MiB; of small networks, where that would be nothing, in KiB."""
+    kib, mib = size / 2**10, size / 2**20
+    if mib < 1:
+        return f"{kib:,.0f} KiB" if kib >= 10 else f"{kib:.1f} KiB"
+    return f"{mib:.1f} MiB" if mib < 10 else f"{mib:,.0f} MiB"
 
 
 def short(number: float) -> str:

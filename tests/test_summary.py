@@ -80,7 +80,7 @@ def test_the_tables(rich, quiet, capsys, monkeypatch, caplog):
     assert "Greedy: 4 units in 4 local modules" in text
     for value in ("blocks.0", "3.89 k", "23.3 k", "6x6x6", "(end)", "per sample", "1.00"):
         assert value in text, value
-    assert text.count("MiB") >= 4
+    assert text.count("KiB") >= 4
     for accuracy in summary.accuracies:
         assert f"{accuracy:.2%}" in text
 
@@ -135,7 +135,7 @@ def test_no_table_for_one_module_but_its_memory(quiet, capsys):
     run(lambda m: LocalLearner(m, "EndToEnd"), quiet, callbacks=[summary])
     text = capsys.readouterr().out
     assert "units in" not in text
-    assert f"{summary.peaks[0] / 2**20:.1f} MiB" in text
+    assert f"{summary.peaks[0] / 2**10:.0f} KiB" in text
 
 
 @pytest.mark.parametrize("window", [1, 2])
