@@ -174,9 +174,9 @@ class _ModuleInside(_InstantiatorFn):
         links = {"applied_instantiation_links": applied_instantiation_links}
         self.cli._dump_config()
         inner = of_the_module(self.cli.config_dump.get(self.key) or {})
-        for key, value in applied_instantiation_links.items() if inner is not None else ():
+        for key, value in applied_instantiation_links.items():
             _, ours, rest = key.partition(f"{self.key}.init_args.module.")
-            if ours and inner is not None:
+            if inner is not None and ours:
                 _set_dict_nested(inner, rest.removeprefix("init_args."), value)
         with self.cli._noting(class_type, kwargs):
             if inner is None or issubclass(class_type, LocalLearner):
